@@ -1,0 +1,129 @@
+"""The token tree of one session, as a value: committed path, alive slots, everything else dead.
+
+Invariants: positions are depths; a child's slot is greater than its parent's; the alive are exactly the descendants of the
+root (the last committed slot); a slot once dead never comes back. Used by the stage, the driver and the KV pool alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+from farflung.core.errors import ProtocolViolation
+from farflung.core.window import NO_SLOT, Commit, SlotRun, SlotSpan, spans_of
+
+
+class Place(NamedTuple):
+    """Where an alive slot hangs."""
+
+    parent: int
+    position: int
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Attributes:
+    committed: spans of the committed path, by position.
+    committed_tokens: its length in tokens.
+    root: the last committed slot, ``NO_SLOT`` before the first commit.
+    alive: slots not committed yet, in slot order.
+    next_slot: the least slot that was never seen.
+    """
+
+    committed: tuple[SlotSpan, ...] = ()
+    committed_tokens: int = 0
+    root: int = NO_SLOT
+    alive: Mapping[int, Place] = field(default_factory=lambda: MappingProxyType({}))
+    next_slot: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that hold KV: committed and alive. What a lease counts."""
+        return self.committed_tokens + len(self.alive)
+
+    def position_of(self, slot: int) -> int | None:
+        """Position of the root or an alive slot; None of any other."""
+        if slot == self.root:
+            return self.committed_tokens - 1
+        place = self.alive.get(slot)
+        return None if place is None else place.position
+
+    def add(self, runs: Iterable[SlotRun]) -> tuple[TokenTree, frozenset[int]]:
+        """The tree with new slots, and which of them are dead on arrival (their parent is dead).
+
+        Raises ProtocolViolation where a slot was seen before or a parent was never announced.
+        """
+        alive = dict(self.alive)
+        dead: set[int] = set()
+        next_slot = self.next_slot
+        for run in runs:
+            if run.first < next_slot:
+                raise ProtocolViolation(f"slot {run.first} was used before: the next free one is {next_slot}")
+            if run.parent >= next_slot:
+                raise ProtocolViolation(f"slot {run.first} hangs under slot {run.parent}, which was never announced")
+            for slot, parent in run.pairs():
+                if parent == self.root:
+                    alive[slot] = Place(parent, self.committed_tokens)
+                elif parent in alive:
+                    alive[slot] = Place(parent, alive[parent].position + 1)
+                else:
+                    dead.add(slot)
+            next_slot = run.first + run.count
+        return replace(self, alive=MappingProxyType(alive), next_slot=next_slot), frozenset(dead)
+
+    def commit(self, commit: Commit) -> tuple[TokenTree, frozenset[int]]:
+        """The tree after ``commit``, and the slots that died by it.
+
+        Overlap with what is committed must agree; new slots must follow the root one under another.
+        Raises ProtocolViolation otherwise.
+        """
+        if commit.start > self.committed_tokens:
+            raise ProtocolViolation(
+                f"a commit starts at position {commit.start}, but only {self.committed_tokens} tokens are committed"
+            )
+        slots = list(commit.slots())
+        overlap = min(len(slots), self.committed_tokens - commit.start)
+        if overlap and spans_of(slots[:overlap]) != self._committed_between(commit.start, commit.start + overlap):
+            raise ProtocolViolation(f"a commit at position {commit.start} contradicts what is committed already")
+        fresh = slots[overlap:]
+        if not fresh:
+            return self, frozenset()
+        root = self.root
+        for slot in fresh:
+            place = self.alive.get(slot)
+            if place is None or place.parent != root:
+                raise ProtocolViolation(f"a commit names slot {slot}, which does not hang under slot {root}")
+            root = slot
+        alive: dict[int, Place] = {}
+        for slot, place in self.alive.items():  # in slot order: parents come before their children
+            if place.parent == root or place.parent in alive:
+                alive[slot] = place
+        died = frozenset(self.alive.keys() - alive.keys() - set(fresh))
+        return (
+            replace(
+                self,
+                committed=_join(self.committed, spans_of(fresh)),
+                committed_tokens=self.committed_tokens + len(fresh),
+                root=root,
+                alive=MappingProxyType(alive),
+            ),
+            died,
+        )
+
+    def _committed_between(self, start: int, stop: int) -> tuple[SlotSpan, ...]:
+        found: list[SlotSpan] = []
+        position = 0
+        for span in self.committed:
+            low, high = max(start, position), min(stop, position + span.count)
+            if low < high:
+                found.append(SlotSpan(span.first + low - position, high - low))
+            position += span.count
+        return tuple(found)
+
+
+def _join(left: tuple[SlotSpan, ...], right: tuple[SlotSpan, ...]) -> tuple[SlotSpan, ...]:
+    if left and right and left[-1].first + left[-1].count == right[0].first:
+        return (*left[:-1], SlotSpan(left[-1].first, left[-1].count + right[0].count), *right[1:])
+    return left + right

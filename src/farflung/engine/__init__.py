@@ -1,0 +1,1 @@
+"""Computes a range of decoder layers for many sessions at once."""

@@ -1,0 +1,136 @@
+"""The port every transport implements: a link between two node ids.
+
+A link carries frames both ways on numbered channels. Frames of one channel arrive in the order they were sent; between
+channels the more urgent priority goes first, on all links of a node together (they share one uplink). A link that is up is
+never waited on for minutes: silence longer than ``LinkConfig.dead_after_s`` ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+from farflung.core.errors import FarflungError
+from farflung.core.ids import NodeId
+from farflung.core.messages import Message
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Priority(IntEnum):
+    """Lower goes first."""
+
+    CONTROL = 0
+    DECODE = 1
+    PREFILL = 2
+    BULK = 3
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A message and the raw buffers that belong to it."""
+
+    message: Message
+    buffers: Sequence[Buffer] = field(default=())
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """Limits and rhythms of a link.
+
+    Attributes:
+        handshake_timeout_s: from dialling to the peer's hello.
+        heartbeat_s: interval of pings.
+        dead_after_s: silence that ends a link; several heartbeats.
+        max_frame_bytes: a frame that announces more is refused before anything is allocated.
+        max_queued_bytes: bytes waiting to be sent on one link before ``send`` raises LinkOverloaded.
+        max_partial_frames: channels that may have a frame half received at a time.
+    """
+
+    handshake_timeout_s: float = 5.0
+    heartbeat_s: float = 0.5
+    dead_after_s: float = 2.5
+    max_frame_bytes: int = 64 * 1024**2
+    max_queued_bytes: int = 256 * 1024**2
+    max_partial_frames: int = 256
+
+
+@dataclass
+class LinkStats:
+    """What a link has measured. Times in seconds, rates in bytes per second; None until measured."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    frames_sent: int = 0
+    frames_received: int = 0
+    round_trip_s: float | None = None
+    delivery_bytes_per_s: float | None = None
+
+
+class LinkHandler(Protocol):
+    """The owner of a link. Called on the event loop; must not block."""
+
+    def on_frame(self, link: Link, channel: int, frame: Frame) -> None:
+        """A whole frame arrived. Raising a FarflungError ends the link with that error."""
+
+    def on_lost(self, link: Link, error: FarflungError) -> None:
+        """The link is gone, once; nothing more arrives. Also called after a local ``close``."""
+
+
+class Link(Protocol):
+    """One connection to a peer whose key has been checked."""
+
+    @property
+    def peer(self) -> NodeId: ...
+
+    @property
+    def stats(self) -> LinkStats: ...
+
+    @property
+    def is_up(self) -> bool: ...
+
+    def start(self, handler: LinkHandler) -> None:
+        """Begins delivery. Frames that arrived before wait until then, within the limits."""
+
+    def new_channel(self) -> int:
+        """A channel number unused on this link; the dialling end hands out even ones, the other odd ones."""
+
+    def send(self, channel: int, frame: Frame, priority: Priority) -> None:
+        """Queues a frame; never blocks. Buffers must not change afterwards.
+
+        Raises LinkLost where the link is down, LinkOverloaded where its queue is full.
+        """
+
+    async def close(self, error: FarflungError | None = None) -> None:
+        """Flushes what is queued for at most a second, then ends the link. ``error`` is told to the handler."""
+
+
+class Listener(Protocol):
+    """Something that accepts links until it is closed."""
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as ``host:port`` with the real port."""
+
+    async def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Dials and accepts links for one node id."""
+
+    @property
+    def node_id(self) -> NodeId: ...
+
+    async def dial(self, peer: NodeId, addresses: Sequence[str]) -> Link:
+        """A link to ``peer``, on the first address that answers with its key.
+
+        Raises Unreachable (no address answers in time), WrongPeer (another key answers), VersionMismatch.
+        """
+
+    async def listen(self, address: str, on_link: Callable[[Link], None]) -> Listener:
+        """Accepts links at ``host:port`` (port 0: any). Raises AddressInUse, Unreachable (no such interface)."""
+
+    async def close(self) -> None:
+        """Ends every link and listener."""
