@@ -8,6 +8,7 @@ message repeats the session. ``Open`` or ``Attach`` binds a channel, ``Close`` o
     driver <------------------------------Answer------------------------------------- tail
     driver <------------------------------Fault-------------------------------------- any stage
     each receiver ----Credit----> its predecessor
+    driver ----Close---> every stage ----Report----> driver
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class Window(Struct, frozen=True, array_like=True, tag=5):
     def rows(self) -> int:
         return sum(run.count for run in self.runs)
 
+    @property
+    def is_decode(self) -> bool:
+        """Every row wants an answer. A prompt chunk wants none, or that of its last row."""
+        return sum(span.count for span in self.want) == self.rows
+
 
 class Answer(Struct, frozen=True, array_like=True, tag=6):
     """From the tail to the owner: the token after each wanted slot.
@@ -142,4 +148,25 @@ class Close(Struct, frozen=True, array_like=True, tag=9):
     reason: str = ""
 
 
-Message = Hello | Ping | Pong | Open | Attach | Window | Answer | Credit | Fault | Close
+class Report(Struct, frozen=True, array_like=True, tag=10):
+    """What a stage did for a session, told to its owner when the owner closes it.
+
+    Attributes:
+        node_id: the stage.
+        windows, rows: computed in all.
+        compute_ms: time of the steps they were computed in (shared steps count whole).
+        bytes_out: bytes of frames sent on to the next stage or, by the tail, to the owner.
+        decode_windows, decode_compute_ms, decode_bytes_out: the same, of decode windows alone.
+    """
+
+    node_id: NodeId
+    windows: int = 0
+    rows: int = 0
+    compute_ms: float = 0.0
+    bytes_out: int = 0
+    decode_windows: int = 0
+    decode_compute_ms: float = 0.0
+    decode_bytes_out: int = 0
+
+
+Message = Hello | Ping | Pong | Open | Attach | Window | Answer | Credit | Fault | Close | Report

@@ -1,0 +1,58 @@
+"""Hop credit: how many bytes of windows may be on their way over one edge (DESIGN.md, rule 8).
+
+Both ends start from the same constant, so the first window needs no round trip. A sender may send while its credit is
+positive - one window may overdraw it, so a window larger than the grant still gets through - and the receiver returns what
+it has computed, in lumps: a decode row costs no extra frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from farflung.core.errors import ProtocolViolation
+
+INITIAL_CREDIT_BYTES = 4 * 1024**2
+RETURN_AT_BYTES = INITIAL_CREDIT_BYTES // 4
+
+
+@dataclass(frozen=True)
+class SenderCredit:
+    """The sending end of an edge."""
+
+    left: int = INITIAL_CREDIT_BYTES
+
+    @property
+    def may_send(self) -> bool:
+        return self.left > 0
+
+    def spend(self, size: int) -> SenderCredit:
+        return SenderCredit(self.left - size)
+
+    def refill(self, size: int) -> SenderCredit:
+        """Raises ProtocolViolation for a grant out of range."""
+        if not 0 < size <= INITIAL_CREDIT_BYTES + 2**31 or self.left + size > INITIAL_CREDIT_BYTES:
+            raise ProtocolViolation(
+                f"a credit of {size} bytes would make {self.left + size}, over the grant of {INITIAL_CREDIT_BYTES}"
+            )
+        return SenderCredit(self.left + size)
+
+
+@dataclass(frozen=True)
+class ReceiverCredit:
+    """The receiving end: what the peer may still send, and what was computed and not returned yet."""
+
+    left: int = INITIAL_CREDIT_BYTES
+    owed: int = 0
+
+    def receive(self, size: int) -> ReceiverCredit:
+        """Raises ProtocolViolation where the peer had no credit left."""
+        if self.left <= 0:
+            raise ProtocolViolation(f"a window of {size} bytes came without credit ({self.left} bytes left)")
+        return replace(self, left=self.left - size)
+
+    def computed(self, size: int) -> tuple[ReceiverCredit, int]:
+        """Counts ``size`` as computed; also the bytes to return to the sender now (0: not yet)."""
+        owed = self.owed + size
+        if owed < RETURN_AT_BYTES:
+            return replace(self, owed=owed), 0
+        return ReceiverCredit(self.left + owed, 0), owed
