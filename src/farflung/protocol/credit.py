@@ -30,7 +30,7 @@ class SenderCredit:
 
     def refill(self, size: int) -> SenderCredit:
         """Raises ProtocolViolation for a grant out of range."""
-        if not 0 < size <= INITIAL_CREDIT_BYTES + 2**31 or self.left + size > INITIAL_CREDIT_BYTES:
+        if size <= 0 or self.left + size > INITIAL_CREDIT_BYTES:
             raise ProtocolViolation(
                 f"a credit of {size} bytes would make {self.left + size}, over the grant of {INITIAL_CREDIT_BYTES}"
             )

@@ -53,7 +53,7 @@ def plan_generation(plan: GenerationPlan, spec: ModelSpec) -> GenerationPlan:
         raise UsageError(f"token id {bad} is outside the vocabulary of {spec.vocab_size}")
     if plan.lease_tokens > spec.context_tokens:
         raise PromptTooLong(
-            f"a prompt of {len(plan.prompt)} tokens and {plan.max_tokens} more do not fit the {spec.context_tokens} of {spec.name}",
+            f"{len(plan.prompt)} prompt tokens and {plan.max_tokens} more do not fit the {spec.context_tokens} of {spec.name}",
             hint=f"shorten the prompt or ask for at most {max(0, spec.context_tokens - len(plan.prompt))} tokens",
         )
     return plan
@@ -176,6 +176,8 @@ def _prefill(state: DriverState) -> tuple[DriverState, tuple[DriverEffect, ...]]
 
 
 def _accept(state: DriverState, answer: Answer) -> tuple[DriverState, tuple[DriverEffect, ...]]:
+    if sum(span.count for span in answer.slots) > len(answer.tokens):
+        raise ProtocolViolation(f"the tail answered with {len(answer.tokens)} tokens for more slots than that")
     slots = [slot for span in answer.slots for slot in span]
     if state.waiting is None or slots != [state.waiting] or len(answer.tokens) != 1:
         raise ProtocolViolation(
