@@ -1,0 +1,101 @@
+"""Gumbel noise that depends on nothing but (seed, choice, position, token id).
+
+The tail adds it to the logits and takes the greatest (the Gumbel-max trick), so the token that follows a text is a function
+of the text and the seed: the same on every machine, in every token tree, before and after a repair. Hence a guess is verified
+by equality.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123) is a counter-based generator:
+the noise of any token is computed alone, without the others. Invariant: every number here is part of the protocol. A change of
+one bit makes nodes disagree on tokens; the golden vectors in the tests hold it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint64]
+"""32-bit words, one per element. 64 bits wide, so that a product of two words is exact."""
+
+_DOMAIN = b"farflung sampling noise v1\n"
+
+_WORD = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+MAX_NOISE = 22.8739
+"""No noise is greater: k = 2^32 - 1 gives 33 ln 2 = 22.87385..."""
+
+
+class NoiseKey(NamedTuple):
+    """The two words of a Philox key."""
+
+    low: int
+    high: int
+
+
+def noise_key(seed: int, choice: int) -> NoiseKey:
+    """The key of one choice of one generation.
+
+    Args:
+        seed: unsigned, 64 bits.
+        choice: unsigned, 32 bits.
+    """
+    digest = blake3(_DOMAIN + seed.to_bytes(8, "little") + choice.to_bytes(4, "little")).digest(length=8)
+    return NoiseKey(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: NoiseKey) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10 of many counters under one key.
+
+    The four words broadcast against each other. A word shared by all counters is best given with no dimension: what depends
+    only on such words is computed once.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        c0 = (product1 >> _HALF) ^ c1 ^ np.uint64(k0)
+        c1 = product1 & _WORD
+        c2 = (product0 >> _HALF) ^ c3 ^ np.uint64(k1)
+        c3 = product0 & _WORD
+        k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
+        k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def noise_words(key: NoiseKey, position: int, token_ids: Words) -> Words:
+    """The word k behind the noise of each token: the first word of Philox at counter (position, token id, 0, 0).
+
+    Args:
+        key: of the choice.
+        position: of the sampled token in its text, from 0; below 2^32.
+        token_ids: uint64 [n], each below 2^32.
+    """
+    zero = np.asarray(0, dtype=np.uint64)
+    return philox4x32((np.asarray(position, dtype=np.uint64), token_ids, zero, zero), key)[0]
+
+
+def gumbel(words: Words) -> NDArray[np.float64]:
+    """-log(-log(u)) with u = (k + 1/2) / 2^32: standard Gumbel noise, always finite, and greater for a greater k.
+
+    float64 throughout: in float32 u rounds to 1 for great k, and the noise to infinity.
+    """
+    found = words.astype(np.float64)
+    found += 0.5
+    found *= 2.0**-32
+    for _ in range(2):
+        np.log(found, out=found)
+        np.negative(found, out=found)
+    return found
+
+
+def least_word(noise: float) -> int:
+    """A word such that all words with at least this ``noise`` are at or above it (and few others). May exceed 32 bits."""
+    return max(0, int(np.exp(-np.exp(-noise)) * 2.0**32) - 2)
