@@ -1,0 +1,202 @@
+"""Loads one stage: the real ``transformers`` class with only its layers, filled tensor by tensor.
+
+A stage reads and holds its own share: its layers, the embedding where it is the first, final norm and head where it is the last
+(a tied head needs the embedding's tensor too). Peak memory is the stage plus one tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from farflung.core.errors import CorruptWeights, UnsupportedModel, UsageError
+from farflung.core.ids import ModelDigest
+from farflung.core.model import LayerRange
+from farflung.engine.manifest import ModelManifest
+from farflung.engine.skeleton import Anatomy, Config, Skeleton, anatomy, build_skeleton, layer_count, slice_config
+from farflung.engine.source import ModelSource, Progress, StoredTensor
+
+
+@dataclass(frozen=True)
+class StageModule:
+    """A stage's modules, on the CPU, in inference mode. What the stage does not hold stays on the meta device.
+
+    Attributes:
+        model: the whole ``...ForCausalLM`` object; its text model has only this stage's layers.
+        base: the text model. ``base(inputs_embeds=x, position_ids=p, use_cache=False)`` runs exactly this stage's layers, then
+            the norm where it is the last stage (elsewhere ``base.norm`` is an identity).
+        layers: the decoder layers held. Their ``layer_idx`` is the absolute one.
+        rotary: ``base``'s modules without weights (rotary embeddings), with their buffers rebuilt.
+        embed: first stage only.
+        norm, head: last stage only.
+        config: the whole model's configuration; ``base.config`` is a copy cut to these layers. Attention modules hold ``config``.
+        layer_range: which layers.
+        dtype: of the weights.
+    """
+
+    model: Any
+    base: Any
+    layers: nn.ModuleList
+    rotary: tuple[nn.Module, ...]
+    embed: nn.Module | None
+    norm: nn.Module | None
+    head: nn.Module | None
+    config: Config
+    layer_range: LayerRange
+    dtype: torch.dtype
+
+    @property
+    def is_first(self) -> bool:
+        return self.embed is not None
+
+    @property
+    def is_last(self) -> bool:
+        return self.head is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights held; a tied tensor counts once."""
+        return sum(p.nbytes for p in self.model.parameters() if p.device.type != "meta")
+
+
+def stage_parameters(model: Skeleton, parts: Anatomy, layers: LayerRange) -> dict[str, str]:
+    """Parameters a stage holds, by name, and the parameter each takes its value from (itself, or the one it is tied to)."""
+    held = [f"{parts.layers}.{index}" for index in range(layers.start, layers.stop)]
+    if layers.start == 0:
+        held.append(parts.embed)
+    if layers.stop == layer_count(model.config):
+        held += [parts.norm, parts.head]
+    tied = model.all_tied_weights_keys
+    return {
+        f"{place}.{name}": tied.get(f"{place}.{name}", f"{place}.{name}")
+        for place in held
+        for name in model.get_submodule(place).state_dict()
+    }
+
+
+def load_stage(
+    source: ModelSource,
+    layers: LayerRange,
+    dtype: torch.dtype,
+    *,
+    attention: str = "sdpa",
+    progress: Progress | None = None,
+    expected_digest: ModelDigest | None = None,
+) -> StageModule:
+    """Builds and fills a stage.
+
+    Args:
+        source: an opened model.
+        layers: which of its layers.
+        dtype: of the weights, ``torch.float32`` or ``torch.bfloat16``.
+        attention: name in transformers' attention interface, known before this is called.
+        progress: told the bytes read.
+        expected_digest: the model asked for. Given, the model must have it, and every tensor is checked against the manifest as
+            it is read.
+
+    Raises UsageError where the model has no such layers; DigestMismatch; CorruptWeights, naming the tensor; UnsupportedModel.
+    """
+    config = source.config()
+    count = layer_count(config)
+    if layers.stop > count:
+        raise UsageError(f"layers {layers} were asked for, but {source.name} has {count}", hint=f"use at most 0:{count}")
+    manifest = None
+    if expected_digest is not None:
+        manifest = source.manifest(progress=progress)
+        manifest.check_digest(expected_digest, source.name)
+        for leaf in source.texts():
+            manifest.check(leaf)
+    model = build_skeleton(config, attention)
+    parts = anatomy(model)
+    values = stage_parameters(model, parts, layers)
+    _fill_buffers(model, parts, layers)
+    _fill_parameters(model, source, values, dtype, manifest, progress)
+    return _cut(model, parts, layers, config, dtype)
+
+
+def _fill_parameters(
+    model: Skeleton,
+    source: ModelSource,
+    values: dict[str, str],
+    dtype: torch.dtype,
+    manifest: ModelManifest | None,
+    progress: Progress | None,
+) -> None:
+    stored = source.tensors(model, set(values.values()))
+    if missing := sorted(set(values.values()) - stored.keys()):
+        raise UnsupportedModel(
+            f"{source.name} has no tensor for {len(missing)} parameters of {type(model).__name__}, the first is {missing[0]}",
+            hint="its weights are named in a way that is not read here, or it is another kind of model than its configuration says",
+        )
+    total, done = sum(tensor.nbytes for tensor in stored.values()), 0
+    loaded: dict[str, nn.Parameter | torch.Tensor] = {}
+    for name, origin in values.items():
+        if origin not in loaded:
+            if progress:
+                progress("loading", done, total)
+            loaded[origin] = _read(model, source, origin, dtype, stored[origin], manifest)
+            done += stored[origin].nbytes
+        place, _, last = name.rpartition(".")
+        setattr(model.get_submodule(place), last, loaded[origin])
+    if progress:
+        progress("loading", total, total)
+
+
+def _read(
+    model: Skeleton, source: ModelSource, name: str, dtype: torch.dtype, stored: StoredTensor, manifest: ModelManifest | None
+) -> nn.Parameter | torch.Tensor:
+    place, _, last = name.rpartition(".")
+    empty = getattr(model.get_submodule(place), last)
+    value = source.read(stored, dtype, against=manifest)
+    if value.shape != empty.shape:
+        raise CorruptWeights(
+            f"tensor {stored.name!r} of {source.name} has shape {list(value.shape)}, "
+            f"but the configuration makes it {list(empty.shape)}"
+        )
+    return nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value
+
+
+def _fill_buffers(model: Skeleton, parts: Anatomy, layers: LayerRange) -> None:
+    """Gives values to buffers that no file holds (rotary frequencies, embedding scales), by the class's own initialisation.
+
+    The parameters beside them are still on the meta device, where initialising does nothing.
+    """
+    held = [*parts.others, *(f"{parts.layers}.{index}" for index in range(layers.start, layers.stop))]
+    if layers.start == 0:
+        held.append(parts.embed)
+    for place in held:
+        for module in model.get_submodule(place).modules():
+            if not module._non_persistent_buffers_set:
+                continue
+            for name in module._non_persistent_buffers_set:
+                if (buffer := getattr(module, name)) is not None:
+                    setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def _cut(model: Skeleton, parts: Anatomy, layers: LayerRange, config: Config, dtype: torch.dtype) -> StageModule:
+    """Takes the layers of other stages out and leaves the rest of them on the meta device."""
+    is_first, is_last = layers.start == 0, layers.stop == layer_count(config)
+    base = model.get_submodule(parts.base)
+    model.set_submodule(parts.layers, nn.ModuleList(list(model.get_submodule(parts.layers))[layers.start : layers.stop]))
+    if not is_last:
+        model.set_submodule(parts.norm, nn.Identity())
+    base.config = copy.deepcopy(config)
+    slice_config(base.config, layers.start, layers.stop)
+    return StageModule(
+        model=model,
+        base=base,
+        layers=model.get_submodule(parts.layers),
+        rotary=tuple(model.get_submodule(name) for name in parts.others),
+        embed=model.get_submodule(parts.embed) if is_first else None,
+        norm=model.get_submodule(parts.norm) if is_last else None,
+        head=model.get_submodule(parts.head) if is_last else None,
+        config=config,
+        layer_range=layers,
+        dtype=dtype,
+    )

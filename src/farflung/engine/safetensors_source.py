@@ -1,0 +1,254 @@
+"""Models in the layout of the hub: ``config.json``, tokenizer files and safetensors, one file or shards with an index.
+
+The same code reads a folder and a hub repository; they differ in how a file name becomes a path (``Files``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import torch
+from blake3 import blake3
+
+from farflung.core.errors import CorruptWeights, ModelError, NotAModel, UnsupportedModel
+from farflung.engine.manifest import CONFIG, TOKENIZER, Leaf, ModelManifest
+from farflung.engine.safetensors_file import read_header
+from farflung.engine.skeleton import Config, Skeleton
+from farflung.engine.source import ModelSource, Progress, SourceKind, StoredTensor
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MANIFEST = "farflung-manifest.json"
+MAX_JSON_BYTES = 64 * 1024**2
+
+_TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+class Files(Protocol):
+    """Where the files of one model are."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> SourceKind: ...
+
+    @property
+    def folder(self) -> Path:
+        """Where small files are once they were asked for."""
+
+    def get(self, name: str) -> Path | None:
+        """The file, fetched first where needed; None where the model has none of that name."""
+
+    def is_here(self, name: str) -> bool:
+        """Whether the file can be read without fetching."""
+
+
+class Folder:
+    """A folder on this machine."""
+
+    kind: SourceKind = "safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+
+    def get(self, name: str) -> Path | None:
+        path = self.folder / name
+        return path if path.is_file() else None
+
+    def is_here(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+
+class SafetensorsSource(ModelSource):
+    """See ``ModelSource``."""
+
+    def __init__(self, files: Files, cache: Path | None = None) -> None:
+        super().__init__(cache)
+        self._files = files
+        self.name, self.kind = files.name, files.kind
+        self._config = _read_json(self._need("config.json"), dict[str, Any])
+        self.path = files.folder
+        if not isinstance(self._config.get("model_type"), str):
+            raise NotAModel(f"{files.name}: config.json names no model_type")
+        self._shard_of = self._find_shards()
+
+    @classmethod
+    def of_folder(cls, folder: Path, *, cache: Path | None = None) -> SafetensorsSource:
+        return cls(Folder(folder), cache)
+
+    @classmethod
+    def of_hub(cls, repository: str, *, cache: Path | None = None) -> SafetensorsSource:
+        from farflung.engine.hub import HubFiles
+
+        return cls(HubFiles(repository), cache)
+
+    def config(self) -> Config:
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(str(self._need("config.json").parent), local_files_only=True)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnsupportedModel(f"{self.name}: transformers makes nothing of its configuration: {error}") from error
+
+    def tokenizer_arguments(self) -> tuple[str, dict[str, Any]]:
+        for name in TOKENIZER_FILES:
+            self._files.get(name)
+        return str(self.path), {"local_files_only": True}
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        found = self._config.get("eos_token_id")
+        if generation := self._files.get("generation_config.json"):
+            found = _read_json(generation, dict[str, Any]).get("eos_token_id", found)
+        ids = found if isinstance(found, list) else [found]
+        return tuple(sorted({value for value in ids if isinstance(value, int)}))
+
+    def tensors(self, skeleton: Skeleton, wanted: Collection[str] | None = None) -> Mapping[str, StoredTensor]:
+        stored_names = self._parameter_names(skeleton)
+        found: dict[str, StoredTensor] = {}
+        for parameter, stored in stored_names.items():
+            if wanted is None or parameter in wanted:
+                found[parameter] = self._headers(self._shard_of[stored])[stored]
+        return found
+
+    def decode(self, tensor: StoredTensor, source_bytes: bytearray, dtype: torch.dtype | None) -> torch.Tensor:
+        kind = _TORCH.get(tensor.dtype)
+        if kind is None:
+            raise UnsupportedModel(f"tensor {tensor.name!r} has element type {tensor.dtype}, which is not computed with here")
+        value = torch.frombuffer(source_bytes, dtype=kind) if source_bytes else torch.empty(0, dtype=kind)
+        value = value.reshape(tensor.shape)
+        return value.to(dtype) if dtype is not None and kind.is_floating_point else value
+
+    def texts(self) -> Iterable[Leaf]:
+        for kind, names in ((CONFIG, CONFIG_FILES), (TOKENIZER, TOKENIZER_FILES)):
+            for name in names:
+                if path := self._files.get(name):
+                    yield Leaf(kind, name, "", (), blake3(path.read_bytes()).hexdigest())
+
+    def stored(self) -> Collection[StoredTensor]:
+        return [self._headers(shard)[name] for name, shard in self._shard_of.items()]
+
+    def files(self) -> Collection[Path]:
+        names = [*CONFIG_FILES, *TOKENIZER_FILES, *sorted(set(self._shard_of.values()))]
+        return [path for name in names if (path := self._files.get(name))]
+
+    def manifest(self, *, progress: Progress | None = None) -> ModelManifest:
+        """As in ``ModelSource``; a ``farflung-manifest.json`` beside the weights is taken at its word, since a stage checks every
+        tensor it loads. Without one, a hub model needs all its shards here. Raises ModelError where they are not."""
+        if self._manifest is None and (path := self._files.get(MANIFEST)):
+            self._manifest = ModelManifest.load(path)
+        away = [shard for shard in sorted(set(self._shard_of.values())) if not self._files.is_here(shard)]
+        if self._manifest is None and away:
+            raise ModelError(
+                f"{self.name} has no {MANIFEST}, and {len(away)} of its {len(set(self._shard_of.values()))} weight files are not here",
+                hint=f"fetch the whole model once with: farflung models fetch {self.name}",
+            )
+        return super().manifest(progress=progress)
+
+    def _need(self, name: str) -> Path:
+        path = self._files.get(name)
+        if path is None:
+            raise NotAModel(
+                f"{self._files.folder} is no model: it has no {name}",
+                hint=f"a model folder holds config.json, tokenizer files and {SINGLE} or {INDEX}",
+            )
+        return path
+
+    def _find_shards(self) -> dict[str, str]:
+        """File of every stored tensor."""
+        if index := self._files.get(INDEX):
+            shard_of = _read_json(index, _Index).weight_map
+            for shard in set(shard_of.values()):
+                if PurePosixPath(shard).name != shard or "\\" in shard:
+                    raise CorruptWeights(f"{index} names a weight file outside its folder: {shard!r}")
+            if self._files.kind == "safetensors":
+                missing = [shard for shard in sorted(set(shard_of.values())) if not self._files.is_here(shard)]
+                if missing:
+                    raise CorruptWeights(
+                        f"{self.path} lacks {len(missing)} of its {len(set(shard_of.values()))} weight files: {', '.join(missing[:5])}",
+                        hint="fetch the missing files",
+                    )
+            return shard_of
+        if path := self._files.get(SINGLE):
+            return {tensor.name: path.name for tensor in self._headers(SINGLE).values()}
+        pickled = self._files.get("pytorch_model.bin") is not None
+        raise NotAModel(
+            f"{self.path} holds no weights: looked for {SINGLE} and {INDEX}",
+            hint="pickled weights (pytorch_model.bin) are not read: save the model as safetensors" if pickled else "",
+        )
+
+    @cached_property
+    def _header_cache(self) -> dict[str, dict[str, StoredTensor]]:
+        return {}
+
+    def _headers(self, shard: str) -> dict[str, StoredTensor]:
+        if shard not in self._header_cache:
+            path = self._files.get(shard)
+            if path is None:
+                raise CorruptWeights(f"{self.name} lacks the weight file {shard}")
+            found = {tensor.name: tensor for tensor in read_header(path)}
+            if hasattr(self, "_shard_of"):
+                lost = [name for name, place in self._shard_of.items() if place == shard and name not in found]
+                if lost:
+                    raise CorruptWeights(f"{path} lacks {len(lost)} tensors that the index promises, the first is {lost[0]!r}")
+            self._header_cache[shard] = found
+        return self._header_cache[shard]
+
+    def _parameter_names(self, skeleton: Skeleton) -> dict[str, str]:
+        """Stored name of each parameter, by transformers' own rules for renamed checkpoints.
+
+        A parameter that must be put together from several stored ones (fused experts) is refused, not guessed.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        rules = get_model_conversion_mapping(skeleton)
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+        expected = skeleton.state_dict()
+        ignored = [re.compile(text) for text in (*skeleton._keys_to_ignore_on_load_unexpected, r"rotary_emb\.inv_freq$")]
+        found: dict[str, str] = {}
+        for stored in self._shard_of:
+            name, converted = rename_source_key(stored, renamings, converters, skeleton.base_model_prefix, expected)
+            if converted is not None:
+                raise UnsupportedModel(
+                    f"{self.name}: tensor {stored!r} of family {skeleton.config.model_type!r} must be converted to become {name!r}, "
+                    "which is not done here yet"
+                )
+            if name in expected:
+                found[name] = stored
+            elif not any(pattern.search(name) for pattern in ignored):
+                raise UnsupportedModel(f"{self.name}: tensor {stored!r} has no place in {type(skeleton).__name__}")
+        return found
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _read_json(path: Path, kind: type[T]) -> T:
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CorruptWeights(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} such a file may have")
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise NotAModel(f"{path} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptWeights(f"{path} is garbled: {error}", hint="fetch the file again") from error

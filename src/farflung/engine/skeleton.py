@@ -1,0 +1,135 @@
+"""The real ``transformers`` class of a model, on the meta device (no memory), and where its parts are.
+
+Nothing here knows a family by name: layers are the ``ModuleList`` as long as the configuration says, the final norm is what
+follows them, and whatever else of the text model has weights makes the family one that cannot be split (refused by name).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from farflung.core.errors import UnsupportedModel
+from farflung.core.ids import ModelDigest
+from farflung.core.model import ModelSpec
+
+Config = Any
+"""A ``transformers`` configuration object (the library has no types)."""
+
+Skeleton = Any
+"""A ``transformers`` causal language model on the meta device."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of a skeleton's parts, from the whole model (``model.layers``).
+
+    Attributes:
+        base: the text model.
+        embed: token embedding.
+        layers: the list of decoder layers.
+        norm: the norm after the last layer.
+        head: the output projection.
+        others: modules of the text model without weights (rotary embeddings).
+    """
+
+    base: str
+    embed: str
+    layers: str
+    norm: str
+    head: str
+    others: tuple[str, ...]
+
+
+def build_skeleton(config: Config, attention: str = "sdpa") -> Skeleton:
+    """The causal language model of ``config`` on the meta device.
+
+    Args:
+        attention: a name of transformers' attention interface. An unknown family raises UnsupportedModel.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModel(f"family {config.model_type!r} is no causal language model of transformers")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"this {config.model_type} checkpoint is quantised in a way that is not read here",
+            hint="use the original weights or a GGUF file of them",
+        )
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    return model.eval()
+
+
+def layer_count(config: Config) -> int:
+    """Number of decoder layers. Raises UnsupportedModel where the configuration has none."""
+    return _number(config, "num_hidden_layers")
+
+
+def anatomy(model: Skeleton) -> Anatomy:
+    """Finds the parts of a skeleton. Raises UnsupportedModel, with the reason, where it has others than those that can be split."""
+    config = model.config
+    family, count = config.model_type, layer_count(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    base, embed, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    if base is model or embed is None or head is None:
+        raise UnsupportedModel(f"family {family!r} has no text model, embedding and head that can be told apart")
+    parts: dict[str, str] = {}
+    others: list[str] = []
+    for name, child in base.named_children():
+        full = f"{names[id(base)]}.{name}"
+        if child is embed:
+            continue
+        if isinstance(child, nn.ModuleList) and len(child) == count and "layers" not in parts:
+            parts["layers"] = full
+        elif "Norm" in type(child).__name__ and "layers" in parts and "norm" not in parts:
+            parts["norm"] = full
+        elif (not list(child.parameters()) and not list(child.buffers())) or "Rotary" in type(child).__name__:
+            others.append(full)
+        else:
+            raise UnsupportedModel(
+                f"family {family!r} cannot be split: {full} ({type(child).__name__}) belongs to no single stage"
+            )
+    if loose := [name for name, _ in base.named_parameters(recurse=False)]:
+        raise UnsupportedModel(f"family {family!r} cannot be split: {', '.join(loose)} belongs to no single stage")
+    if parts.keys() != {"layers", "norm"} or id(embed) not in {id(child) for child in base.children()}:
+        raise UnsupportedModel(f"family {family!r} has no list of {count} layers between one embedding and one norm")
+    return Anatomy(names[id(base)], names[id(embed)], parts["layers"], parts["norm"], names[id(head)], tuple(others))
+
+
+def slice_config(config: Config, start: int, stop: int) -> None:
+    """Narrows a configuration to layers ``start`` to ``stop``: their number, and every list that has one entry per layer.
+
+    transformers' forward looks per-layer values up by the place of a layer in the list it walks, so these must be cut as the
+    list of layers is.
+    """
+    count = config.num_hidden_layers
+    config.num_hidden_layers = stop - start
+    for key, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(config, key, value[start:stop])
+
+
+def describe(config: Config, name: str, digest: ModelDigest, eos_token_ids: tuple[int, ...]) -> ModelSpec:
+    """The noun that travels. Raises UnsupportedModel where a number is missing."""
+    return ModelSpec(
+        name=name,
+        family=config.model_type,
+        digest=digest,
+        layers=layer_count(config),
+        hidden_size=_number(config, "hidden_size"),
+        vocab_size=_number(config, "vocab_size"),
+        context_tokens=_number(config, "max_position_embeddings"),
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def _number(config: Config, key: str) -> int:
+    value = getattr(config, key, None)
+    if not isinstance(value, int) or value <= 0:
+        raise UnsupportedModel(f"the configuration of family {config.model_type!r} has no usable {key}: {value!r}")
+    return value
