@@ -181,6 +181,17 @@ def error_from_code(code: str, message: str, hint: str = "") -> FarflungError:
     return found(message, hint=hint)
 
 
+def first_cause(group: BaseExceptionGroup[BaseException]) -> FarflungError | None:
+    """The first of our errors in what a TaskGroup raised, if it raised nothing else: one cause is enough for people."""
+    ours, others = group.split(FarflungError)
+    if others is not None or ours is None:
+        return None
+    error: BaseException = ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, FarflungError) else None
+
+
 def _by_code() -> dict[str, type[FarflungError]]:
     found: dict[str, type[FarflungError]] = {}
     todo: list[type[FarflungError]] = [FarflungError]

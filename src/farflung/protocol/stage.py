@@ -156,8 +156,6 @@ def _receive(state: StageState, event: WindowReceived) -> StageState:
         )
     if window.rows > state.lease_tokens:
         raise LeaseExceeded(f"a window of {window.rows} rows is larger than the lease of {state.lease_tokens} tokens")
-    if window.commit is not None and window.commit.stop > state.lease_tokens:
-        raise ProtocolViolation(f"a commit up to position {window.commit.stop} is outside the lease of {state.lease_tokens}")
     if sum(span.count for span in window.want) > window.rows:
         raise ProtocolViolation("a window wants more answers than it has rows")
     tree, dead = state.tree.add(window.runs)
@@ -170,6 +168,10 @@ def _receive(state: StageState, event: WindowReceived) -> StageState:
     if not set(new_slots).issuperset(slot for span in window.want for slot in span):
         raise ProtocolViolation("a window wants answers for slots that it does not carry")
     if window.commit is not None:
+        if window.commit.stop > state.lease_tokens:
+            raise ProtocolViolation(
+                f"a commit up to position {window.commit.stop} is outside the lease of {state.lease_tokens}"
+            )
         tree, died = tree.commit(window.commit)
         dead = dead | died
     receiver = state.receiver.receive(size)

@@ -1,0 +1,1 @@
+"""The serving process: sessions in, frames through."""

@@ -1,0 +1,301 @@
+"""One session at this node: performs what the stage's state machine decides, over up to three lines.
+
+predecessor --windows--> [ this stage ] --windows--> successor
+                                └--answers, faults, report--> owner      (at the first stage the predecessor is the owner)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from farflung.core.errors import Cancelled, FarflungError, LinkError, ProtocolViolation, StageLost, error_from_code
+from farflung.core.ids import NodeId, SessionId, short
+from farflung.core.messages import Close, Credit, Fault, Message, Open, OpenText, Report, Window
+from farflung.core.route import Hop
+from farflung.engine.backend import StageResult, StageWork
+from farflung.protocol.stage import (
+    CreditReceived,
+    Forward,
+    OwnerAttached,
+    Reply,
+    ReturnCredit,
+    StageEvent,
+    StageState,
+    StepDone,
+    StepStarted,
+    WindowReceived,
+    advance,
+)
+from farflung.transport.lines import Line, LinkPool, try_send
+from farflung.transport.link import Buffer, Frame, Priority
+from farflung.wire.codec import codec
+from farflung.wire.frame import encode_frame, frame_size
+
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A checked opening: the text, the signed message as it came (it travels on unchanged) and this stage's place."""
+
+    text: OpenText
+    message: Open
+    index: int
+
+    @property
+    def successor(self) -> Hop | None:
+        return self.text.route.successor(self.index)
+
+
+@dataclass
+class Meter:
+    """Counts for the ``Report``."""
+
+    windows: int = 0
+    rows: int = 0
+    compute_ms: float = 0.0
+    bytes_out: int = 0
+    decode_windows: int = 0
+    decode_compute_ms: float = 0.0
+    decode_bytes_out: int = 0
+
+    def computed(self, window: Window, step_ms: float) -> None:
+        self.windows += 1
+        self.rows += window.rows
+        self.compute_ms += step_ms
+        if window.is_decode:
+            self.decode_windows += 1
+            self.decode_compute_ms += step_ms
+
+    def sent(self, size: int, *, is_decode: bool) -> None:
+        self.bytes_out += size
+        if is_decode:
+            self.decode_bytes_out += size
+
+    def report(self, node_id: NodeId) -> Report:
+        return Report(
+            node_id,
+            self.windows,
+            self.rows,
+            self.compute_ms,
+            self.bytes_out,
+            self.decode_windows,
+            self.decode_compute_ms,
+            self.decode_bytes_out,
+        )
+
+
+class SessionHost(Protocol):
+    """What a session needs of its node."""
+
+    @property
+    def node_id(self) -> NodeId: ...
+
+    @property
+    def pool(self) -> LinkPool: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def ready(self, session: StageSession) -> None:
+        """It has a window to compute."""
+
+    def ended(self, session: StageSession, error: FarflungError | None) -> None:
+        """It is over: free its KV, remember its end."""
+
+
+@dataclass(eq=False)
+class StageSession:
+    """See the module. ``end`` is the only way out, and it may be called at any time, more than once."""
+
+    host: SessionHost
+    opening: Opening
+    predecessor: Line
+    owner: Line | None = None
+    successor: Line | None = None
+    meter: Meter = field(default_factory=Meter)
+    over: bool = False
+    state: StageState = field(init=False)
+    _unsent: list[Forward] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        text = self.opening.text
+        is_first = self.opening.index == 0
+        self.state = StageState(
+            session=text.session,
+            epoch=text.epoch,
+            is_first=is_first,
+            is_tail=self.opening.successor is None,
+            row_bytes=TOKEN_BYTES if is_first else codec(text.codec).row_bytes(self.host.hidden_size),
+            lease_tokens=text.lease_tokens,
+        )
+        self.predecessor.bind(self)
+        if is_first:
+            self.attach(self.predecessor)
+
+    @property
+    def id(self) -> SessionId:
+        return self.opening.text.session
+
+    # -- lines -------------------------------------------------------------------------------------------------------
+
+    def attach(self, owner: Line) -> None:
+        """The owner's own line is up: held answers go out."""
+        self.owner = owner
+        owner.bind(self)
+        self._feed(OwnerAttached())
+
+    async def connect(self) -> None:
+        """Opens the session at the next stage, then sends what was computed meanwhile. Ends the session where that fails."""
+        hop = self.opening.successor
+        if hop is None:
+            return
+        try:
+            line = await self.host.pool.line(hop.node_id, self)
+        except FarflungError as error:
+            self.end(
+                StageLost(
+                    f"node {short(self.host.node_id)} cannot reach node {short(hop.node_id)} (layers {hop.layers}): {error}",
+                    hint=error.hint,
+                )
+            )
+            return
+        if self.over:
+            try_send(line, Close("the session ended"))
+            line.release()
+            return
+        self.successor = line
+        try:
+            line.send(self.opening.message, (), Priority.PREFILL)
+            unsent, self._unsent = self._unsent, []
+            for forward in unsent:
+                self._forward(forward)
+        except LinkError as error:
+            self.end(error)
+
+    def on_frame(self, line: Line, frame: Frame) -> None:
+        message = frame.message
+        try:
+            match message:
+                case Window() if line is self.predecessor:
+                    self._receive(message, frame)
+                case Credit() if line is self.successor:
+                    self._feed(CreditReceived(message.bytes))
+                case Fault() if line is self.successor:
+                    self.end(error_from_code(message.code, message.message, message.hint), origin=message.node_id)
+                case Close() if line is self.owner:
+                    self.end(None)
+                case Close() if line is self.predecessor:
+                    # An attached owner decides itself; an owner that never came leaves it to the chain.
+                    if self.owner is None:
+                        self.end(None)
+                case Close() if line is self.successor:
+                    self.end(Cancelled(f"node {short(line.peer)} closed session {short(self.id)}"))
+                case _:
+                    raise ProtocolViolation(
+                        f"a {type(message).__name__} from node {short(line.peer)} has no place on this line"
+                    )
+        except FarflungError as error:
+            self.end(error)
+
+    def on_lost(self, line: Line, error: FarflungError) -> None:
+        if line is self.owner or line is self.predecessor:
+            self.end(error)
+        elif line is self.successor:
+            self.end(StageLost(f"node {short(line.peer)} is gone: {error}", hint="another node must take its layers"))
+
+    # -- computing ---------------------------------------------------------------------------------------------------
+
+    def start_step(self) -> StageWork:
+        """The work of the oldest waiting window, now being computed."""
+        pending = self.state.queue[0]
+        self._feed(StepStarted())
+        window, payload = pending.window, pending.payload
+        return StageWork(
+            session=self.id,
+            runs=window.runs,
+            commit=window.commit,
+            token_ids=np.frombuffer(payload, dtype="<i4") if self.state.is_first else None,
+            rows=None if self.state.is_first else payload,
+            want=tuple(slot for span in window.want for slot in span),
+        )
+
+    def finish_step(self, result: StageResult, step_ms: float, queue_rows: int) -> None:
+        """Takes the result of what ``start_step`` gave."""
+        if self.over:
+            return
+        if result.error is not None:
+            self.end(result.error)
+            return
+        self.meter.computed(self.state.queue[0].window, step_ms)
+        try:
+            self._feed(StepDone(result.rows, result.tokens, queue_rows, step_ms))
+        except FarflungError as error:  # a link that is down or cannot take more
+            self.end(error)
+
+    def end(self, error: FarflungError | None, *, origin: NodeId | None = None) -> None:
+        """Ends the session here. The owner hears a report or the fault; without an owner the predecessor relays it."""
+        if self.over:
+            return
+        self.over = True
+        try_send(self.successor, Close("the session ended"))
+        if error is None:
+            try_send(self.owner, self.meter.report(self.host.node_id))
+        else:
+            try_send(self.owner or self.predecessor, fault_of(error, origin or self.host.node_id))
+        for line in (self.predecessor, self.owner, self.successor):
+            if line is not None:
+                line.release()
+        self._unsent.clear()
+        self.host.ended(self, error)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _receive(self, window: Window, frame: Frame) -> None:
+        if len(frame.buffers) != 1:
+            raise ProtocolViolation(f"a window carries {len(frame.buffers)} buffers, expected one")
+        payload = memoryview(frame.buffers[0])
+        if self.state.is_first and payload and len(payload) % TOKEN_BYTES == 0:
+            ids = np.frombuffer(payload, dtype="<i4")
+            if int(ids.min()) < 0 or int(ids.max()) >= self.host.vocab_size:
+                raise ProtocolViolation(
+                    f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {self.host.vocab_size}"
+                )
+        self._feed(WindowReceived(window, payload))
+
+    def _feed(self, event: StageEvent) -> None:
+        """Advances the machine and performs its effects. Raises what breaks a rule, or a link that cannot take more."""
+        self.state, effects = advance(self.state, event)
+        for effect in effects:
+            match effect:
+                case Forward():
+                    self._forward(effect)
+                case Reply():
+                    self._send(self.owner, effect.answer, (), is_decode=True)
+                case ReturnCredit():
+                    self.predecessor.send(Credit(effect.bytes))
+        if self.state.ready is not None:
+            self.host.ready(self)
+
+    def _forward(self, forward: Forward) -> None:
+        if self.successor is None:
+            self._unsent.append(forward)
+        else:
+            self._send(self.successor, forward.window, (forward.payload,), is_decode=forward.window.is_decode)
+
+    def _send(self, line: Line | None, message: Message, buffers: tuple[Buffer, ...], *, is_decode: bool) -> None:
+        if line is None:
+            return
+        line.send(message, buffers, Priority.DECODE if is_decode else Priority.PREFILL)
+        self.meter.sent(frame_size(encode_frame(message, buffers)), is_decode=is_decode)
+
+
+def fault_of(error: FarflungError, node_id: NodeId) -> Fault:
+    """The error as it travels."""
+    return Fault(node_id, error.code, error.message[:2000], error.hint[:2000])

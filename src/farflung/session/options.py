@@ -1,0 +1,28 @@
+"""What a caller asks of one generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from farflung.core.sampling import SamplingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Attributes:
+    max_tokens: the most tokens to generate.
+    sampling: how the tail chooses them.
+    stop: strings that end the text; they are not part of it.
+    codec: how rows are coded between stages: ``int8``, ``bf16`` or ``fp32``.
+    ignore_eos: go on past the model's end-of-text token (for measurements).
+    chunk_tokens: prompt tokens per window.
+    answer_timeout_s: the longest wait for one token; prefill of a long prompt included.
+    """
+
+    max_tokens: int = 64
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+    codec: str = "int8"
+    ignore_eos: bool = False
+    chunk_tokens: int = 128
+    answer_timeout_s: float = 120.0

@@ -1,0 +1,175 @@
+"""A driver's view of one model in a swarm: its nodes, kept current, and the links to them, kept warm."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from types import TracebackType
+from typing import Self
+
+from farflung.core.errors import UsageError
+from farflung.core.ids import NodeId, SessionId
+from farflung.core.messages import OpenText
+from farflung.core.model import ModelSpec
+from farflung.core.route import Route
+from farflung.engine.source import open_source
+from farflung.identity.keys import Identity
+from farflung.planning.routes import RouteOptions, choose_route
+from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generation
+from farflung.protocol.opening import MAX_OPENING_AGE_S
+from farflung.session.generation import Generation, GenerationSetup
+from farflung.session.options import GenerateOptions
+from farflung.swarm.directory import Directory, Query
+from farflung.swarm.http_client import HttpDirectory
+from farflung.swarm.offers import offers_of
+from farflung.swarm.roster import Roster
+from farflung.text.detokenize import Detokenizer
+from farflung.text.stop import StopStrings
+from farflung.text.tokenizer import Tokenizer
+from farflung.transport.lines import LinkPool
+from farflung.transport.link import LinkConfig, Transport
+from farflung.transport.tcp import TcpTransport
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverPorts:
+    """What a driver talks through; every one has a real and a simulated kind.
+
+    Attributes:
+        identity: the driver's key; it owns its sessions.
+        transport: links under that key.
+        directory: who serves what.
+        clock: wall clock, seconds since 1970.
+        random_bytes: for session ids.
+    """
+
+    identity: Identity
+    transport: Transport
+    directory: Directory
+    clock: Callable[[], float]
+    random_bytes: Callable[[int], bytes]
+
+
+class Swarm:
+    """Use it as an async context manager; ``connect`` makes one for a directory on the network.
+
+    Args:
+        spec: the model meant; nodes with another digest are not used.
+        tokenizer: None: prompts are token ids, tokens come without text.
+        ports: see above.
+        find_timeout_s: how long to look for a node's address.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, tokenizer: Tokenizer | None, ports: DriverPorts, *, find_timeout_s: float = 2.0
+    ) -> None:
+        self.spec = spec
+        self._tokenizer = tokenizer
+        self._ports = ports
+        self._find_timeout_s = find_timeout_s
+        self._roster = Roster(ports.directory, Query(digest=spec.digest))
+        self._pool = LinkPool(ports.transport, self._addresses_of, dial_timeout_s=find_timeout_s + 0.5)
+        self._stack = AsyncExitStack()
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, directory_url: str, model: str, *, identity: Identity | None = None, link: LinkConfig | None = None
+    ) -> AsyncGenerator[Self, None]:
+        """A swarm for ``model`` (hub id, folder, ``.gguf`` file or catalogue name), found through a directory.
+
+        The model's files are needed here for its tokenizer and digest. Without ``identity`` a fresh key is used.
+        Raises ModelError, DirectoryUnreachable.
+        """
+        source = open_source(model)
+        spec = source.spec()
+        path, arguments = source.tokenizer_arguments()
+        tokenizer = Tokenizer(path, arguments)
+        identity = identity or Identity.generate()
+        transport = TcpTransport(identity, link or LinkConfig())
+        async with HttpDirectory(directory_url, random=Random(secrets.randbits(64))) as directory:  # noqa: S311 - jitter, not keys
+            ports = DriverPorts(
+                identity=identity,
+                transport=transport,
+                directory=directory,
+                clock=time.time,
+                random_bytes=secrets.token_bytes,
+            )
+            async with cls(spec, tokenizer, ports) as swarm:
+                yield swarm
+
+    async def __aenter__(self) -> Self:
+        await self._stack.__aenter__()
+        self._stack.push_async_callback(self._ports.transport.close)
+        self._stack.push_async_callback(self._pool.close)
+        await self._stack.enter_async_context(self._roster)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UsageError where this swarm was made without one."""
+        if self._tokenizer is None:
+            raise UsageError("this swarm has no tokenizer", hint="prompt with token ids")
+        return self._tokenizer
+
+    def generate(self, prompt: str | Sequence[int], options: GenerateOptions | None = None) -> Generation:
+        """Continues ``prompt``, text or token ids. Raises UsageError, PromptTooLong at once; the rest while iterating."""
+        options = options or GenerateOptions()
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        end_tokens: frozenset[int] = frozenset()
+        if not options.ignore_eos:
+            end_tokens = frozenset(self.spec.eos_token_ids)
+            if self._tokenizer is not None:
+                end_tokens |= frozenset(self._tokenizer.eos_token_ids)
+        plan = GenerationPlan(
+            prompt=tuple(ids), max_tokens=options.max_tokens, end_tokens=end_tokens, chunk_tokens=options.chunk_tokens
+        )
+        return Generation(
+            GenerationSetup(
+                identity=self._ports.identity,
+                pool=self._pool,
+                opening=self._opening(plan_generation(plan, self.spec), options),
+                plan=plan,
+                detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer),
+                stop=StopStrings(options.stop) if options.stop else None,
+                answer_timeout_s=options.answer_timeout_s,
+            )
+        )
+
+    def chat(self, messages: Sequence[Mapping[str, str]], options: GenerateOptions | None = None) -> Generation:
+        """Answers a conversation (``role`` and ``content`` each) through the model's chat template. Raises UsageError."""
+        return self.generate(self.tokenizer.encode_chat(messages), options)
+
+    async def route(self, lease_tokens: int) -> Route:
+        """The route a generation of that lease would take now. Raises LayersMissing, NoSuchModel."""
+        offers = offers_of(self._roster.records)
+        return choose_route(offers, self.spec.layers, RouteOptions(lease_tokens=lease_tokens, model=self.spec.name))
+
+    def _opening(self, plan: GenerationPlan, options: GenerateOptions) -> Callable[[], Awaitable[OpenText]]:
+        async def opening() -> OpenText:
+            return OpenText(
+                session=SessionId(self._ports.random_bytes(16).hex()),
+                owner=self._ports.identity.node_id,
+                route=await self.route(plan.lease_tokens),
+                epoch=FIRST_EPOCH,
+                lease_tokens=plan.lease_tokens,
+                expires_unix_s=self._ports.clock() + MAX_OPENING_AGE_S,
+                digest=self.spec.digest,
+                codec=options.codec,
+                sampling=options.sampling,
+            )
+
+        return opening
+
+    async def _addresses_of(self, node_id: NodeId) -> Sequence[str]:
+        record = await self._roster.find(node_id, timeout_s=self._find_timeout_s)
+        return record.addresses
