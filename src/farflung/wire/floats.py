@@ -20,12 +20,12 @@ Bits16 = NDArray[np.uint16]
 Bits32 = NDArray[np.uint32]
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-MAX_BF16 = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
-"""2^127 x 1.9921875, about 3.39e38."""
+MAX_BF16 = float(np.array(0x7F7F7FFF, np.uint32).view(np.float32))
+"""The greatest float32 that does not round to a bfloat16 infinity, about 3.396e38."""
 
 _EXPONENT16 = 0x7F80
 _FINITE32 = np.uint32(0x7F7FFFFF)
-_BELOW_INFINITY16 = np.uint32(0x7F7F7FFF)  # the largest bits of a float32 that do not round to a bfloat16 infinity
+_MAX_BF16_BITS = np.uint32(0x7F7F7FFF)
 _HALF_WORD = np.uint32(16)
 _ONE = np.uint32(1)
 _BELOW_HALF = np.uint32(0x7FFF)
@@ -85,7 +85,7 @@ def encode_bf16(rows: Float32) -> bytes:
     step = chunk_rows(rows.shape[1])
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
-        if (chunk.view(np.uint32) & _MAGNITUDE32).max() > _BELOW_INFINITY16:
+        if (chunk.view(np.uint32) & _MAGNITUDE32).max() > _MAX_BF16_BITS:
             refuse_values(rows, MAX_BF16, "bf16")
         out[start : start + step] = round_to_bf16(chunk)
     return out.tobytes()

@@ -20,6 +20,9 @@ A row of width w with b = ceil(w / 128) blocks and k = min(4, w) outliers, littl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,24 +43,48 @@ SMALLEST_SCALE = np.float32(2.0**-133)
 _CODES_PER_AMAX = np.float32(127)
 _ROUND_UP = np.uint32(0xFFFF)
 _HALF_WORD = np.uint32(16)
-_MAGNITUDE16 = np.uint16(0x7FFF)
 
 
-def blocks_of(width: int) -> int:
-    return -(-width // BLOCK)
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in a coded row.
+
+    Attributes:
+        blocks: number of scales.
+        kept: number of outliers.
+        head_bytes: bytes before the codes.
+        scales, positions, outliers: words of the head.
+        mask, most: a head, as uint16, is one that an encoder writes only if ``head & mask <= most`` everywhere.
+    """
+
+    blocks: int
+    kept: int
+    head_bytes: int
+    scales: slice
+    positions: slice
+    outliers: slice
+    mask: Bits16
+    most: Bits16
 
 
-def outliers_of(width: int) -> int:
-    return min(OUTLIERS, width)
-
-
-def head_bytes(width: int) -> int:
-    """Bytes of a row before its codes."""
-    return 2 * blocks_of(width) + 4 * outliers_of(width)
+@lru_cache(maxsize=64)
+def layout(width: int) -> Layout:
+    blocks, kept = -(-width // BLOCK), min(OUTLIERS, width)
+    words = blocks + 2 * kept
+    return Layout(
+        blocks=blocks,
+        kept=kept,
+        head_bytes=2 * words,
+        scales=slice(0, blocks),
+        positions=slice(blocks, blocks + kept),
+        outliers=slice(blocks + kept, words),
+        mask=np.repeat(np.array([0xFFFF, 0xFFFF, 0x7FFF], np.uint16), [blocks, kept, kept]),
+        most=np.repeat(np.array([MAX_SCALE_BITS, width - 1, MAX_OUTLIER_BITS], np.uint16), [blocks, kept, kept]),
+    )
 
 
 def row_bytes(width: int) -> int:
-    return head_bytes(width) + width
+    return layout(width).head_bytes + width
 
 
 def encode(rows: Float32) -> bytes:
@@ -73,23 +100,23 @@ def encode(rows: Float32) -> bytes:
 def _encode_into(rows: Float32, out: Bytes) -> bool:
     """Codes a few rows; False where one of them holds a value that int8 does not carry."""
     n, width = rows.shape
-    blocks, kept = blocks_of(width), outliers_of(width)
-    if width == blocks * BLOCK:
+    row = layout(width)
+    if width == row.blocks * BLOCK:
         values = rows.copy()
     else:  # zeros fill the last block; they neither raise its amax nor win a tie, as they come last
-        values = np.zeros((n, blocks * BLOCK), np.float32)
+        values = np.zeros((n, row.blocks * BLOCK), np.float32)
         values[:, :width] = rows
     sizes = np.abs(values)
     flat_values, flat_sizes = values.reshape(-1), sizes.reshape(-1)
-    row_starts = np.arange(0, values.size, values.shape[1])[:, None]
 
-    where = _take_largest(sizes, flat_sizes, row_starts, kept)
+    where = _take_largest(sizes, flat_sizes, row.kept)
     if where is None:
         return False
-    head: Bits16 = np.empty((n, blocks + 2 * kept), np.uint16)
-    head[:, blocks : blocks + kept] = where
-    where += row_starts
-    head[:, blocks + kept :] = round_to_bf16(flat_values[where])
+    head: Bits16 = np.empty((n, len(row.mask)), np.uint16)
+    head[:, row.positions] = where
+    if n > 1:
+        where += np.arange(0, values.size, values.shape[1])[:, None]
+    head[:, row.outliers] = round_to_bf16(flat_values[where])
     flat_values[where] = 0.0
     flat_sizes[where] = 0.0
 
@@ -98,19 +125,19 @@ def _encode_into(rows: Float32, out: Bytes) -> bool:
     scales = amax.view(np.uint32)
     scales += _ROUND_UP
     scales >>= _HALF_WORD
-    head[:, :blocks] = scales.reshape(n, blocks)
+    head[:, row.scales] = scales.reshape(n, row.blocks)
     scales <<= _HALF_WORD
     divisors = np.maximum(scales.view(np.float32), SMALLEST_SCALE)
-    blockwise = values.reshape(n * blocks, BLOCK)
+    blockwise = values.reshape(-1, BLOCK)
     np.divide(blockwise, divisors[:, None], out=blockwise)
     np.rint(values, out=values)
 
-    out[:, : head_bytes(width)] = head.view(np.uint8)
-    out[:, head_bytes(width) :].view(np.int8)[...] = values[:, :width]
+    out[:, : row.head_bytes] = head.view(np.uint8)
+    out[:, row.head_bytes :].view(np.int8)[...] = values[:, :width]
     return True
 
 
-def _take_largest(sizes: Float32, flat: Float32, row_starts: NDArray[np.intp], kept: int) -> NDArray[np.intp] | None:
+def _take_largest(sizes: Float32, flat: Float32, kept: int) -> NDArray[np.intp] | None:
     """Positions [n, kept] of the greatest of each row, ascending, the first of equal ones; None where one is out of range.
 
     What is taken is overwritten in ``sizes`` by -1, below every magnitude.
@@ -126,6 +153,7 @@ def _take_largest(sizes: Float32, flat: Float32, row_starts: NDArray[np.intp], k
             taken.append(position)
         taken.sort()
         return np.array([taken])
+    row_starts = np.arange(0, sizes.size, sizes.shape[1])[:, None]
     where = np.empty((n, kept), np.intp)
     for rank in range(kept):
         position = sizes.argmax(axis=1, keepdims=True)
@@ -144,46 +172,51 @@ def decode(raw: Bytes, width: int) -> Float32:
     step = chunk_rows(width)
     for start in range(0, n, step):
         if not _decode_into(raw[start : start + step], out[start : start + step]):
-            _refuse_head(raw, width)
+            refuse_heads(raw, width)
     return out
 
 
 def _decode_into(raw: Bytes, out: Float32) -> bool:
     """Decodes a few rows; False where the head of one of them is none that an encoder writes."""
     n, width = out.shape
-    blocks, kept, start = blocks_of(width), outliers_of(width), head_bytes(width)
-    head: Bits16 = raw[:, :start].copy().view(np.uint16)
-    scales, where, exact = head[:, :blocks], head[:, blocks : blocks + kept], head[:, blocks + kept :]
-    if not _good_heads(scales, where, exact, width):
+    row = layout(width)
+    head: Bits16 = raw[:, : row.head_bytes].copy().view(np.uint16)
+    if not _good(head, row):
         return False
-    codes = raw[:, start:].view(np.int8)
-    steps = widen(scales)
+    wide = widen(head)
+    scales = wide[:, row.scales]
+    codes = raw[:, row.head_bytes :].view(np.int8)
     whole = width // BLOCK
     body = whole * BLOCK
-    np.multiply(codes[:, :body].reshape(n, whole, BLOCK), steps[:, :whole, None], out=out[:, :body].reshape(n, whole, BLOCK))
-    if whole < blocks:
-        np.multiply(codes[:, body:], steps[:, whole:], out=out[:, body:])
-    out[np.arange(n)[:, None], where] = widen(exact)
+    np.multiply(codes[:, :body].reshape(n, whole, BLOCK), scales[:, :whole, None], out=out[:, :body].reshape(n, whole, BLOCK))
+    if body < width:
+        np.multiply(codes[:, body:], scales[:, whole:], out=out[:, body:])
+    where = head[:, row.positions].astype(np.intp)
+    if n > 1:
+        where += np.arange(0, out.size, width)[:, None]
+    out.reshape(-1)[where] = wide[:, row.outliers]
     return True
 
 
-def _good_heads(scales: Bits16, where: Bits16, exact: Bits16, width: int) -> bool:
-    return bool(
-        scales.max() <= MAX_SCALE_BITS
-        and (exact & _MAGNITUDE16).max() <= MAX_OUTLIER_BITS
-        and where.max() < width
-        and (where[:, 1:] > where[:, :-1]).all()
-    )
+def _good(head: Bits16, row: Layout) -> bool:
+    """Whether every scale, position and outlier is in range and the positions ascend, so that none comes twice."""
+    positions = head[:, row.positions]
+    out_of_range = np.count_nonzero((head & row.mask) > row.most)
+    out_of_order = np.count_nonzero(positions[:, 1:] <= positions[:, :-1])
+    return not (out_of_range or out_of_order)
 
 
-def _refuse_head(raw: Bytes, width: int) -> None:
-    blocks, kept = blocks_of(width), outliers_of(width)
-    head: Bits16 = raw[:, : head_bytes(width)].copy().view(np.uint16)
-    for row, (scales, where, exact) in enumerate(
-        zip(head[:, :blocks], head[:, blocks : blocks + kept], head[:, blocks + kept :], strict=True)
-    ):
-        if not _good_heads(scales[None], where[None], exact[None], width):
+def refuse_heads(raw: Bytes, width: int) -> None:
+    """Raises CodecError naming the first row of ``raw`` whose head is none that an encoder writes."""
+    row = layout(width)
+    heads: Bits16 = raw[:, : row.head_bytes].copy().view(np.uint16)
+    if _good(heads, row):
+        return
+    for index in range(len(heads)):
+        head = heads[index : index + 1]
+        if not _good(head, row):
+            wide = widen(head)[0]
             raise CodecError(
-                f"row {row} is no int8 row of width {width}: scales up to {widen(scales).max()}, "
-                f"outliers {widen(exact).tolist()} at {where.tolist()}"
+                f"row {index} is no int8 row of width {width}: scales {wide[row.scales].min()} to "
+                f"{wide[row.scales].max()}, outliers {wide[row.outliers].tolist()} at {head[0, row.positions].tolist()}"
             )

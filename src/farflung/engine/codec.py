@@ -1,0 +1,112 @@
+"""The codecs of ``wire.codec`` for tensors: the same bytes, from and to wherever the tensor lies.
+
+On a CPU a tensor's memory is lent to numpy, which is faster there (``bench/codecs.py`` compares them). Elsewhere int8 is
+computed on the device, so that a quarter of the bytes cross the bus. Two traps on the way to equal bytes: on CUDA torch may
+divide by a *number* by multiplying with its reciprocal, so divisors are tensors; and the AVX-512 instruction that converts to
+bfloat16 flushes denormals, so rounding is integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from farflung.core.errors import CodecError
+from farflung.wire import floats, int8
+from farflung.wire.codec import codec
+from farflung.wire.frame import Buffer
+
+
+def encode(name: str, rows: torch.Tensor) -> bytes:
+    """Codes ``rows`` [n, width] of any float type on any device, as ``wire.codec`` codes them as float32.
+
+    bfloat16 rows go into the bf16 codec as they are. Raises CodecError as ``wire.codec.Codec.encode`` does.
+    """
+    found = codec(name)
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise CodecError(f"{name} takes floats [rows, width], not {rows.dtype} {list(rows.shape)}")
+    rows = rows.detach()
+    if name == "bf16" and rows.dtype == torch.bfloat16:
+        found.row_bytes(rows.shape[1])
+        bits = rows.cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+        floats.refuse_bits(bits)
+        coded: bytes = bits.tobytes()
+        return coded
+    if name == "int8" and rows.device.type != "cpu":
+        found.row_bytes(rows.shape[1])
+        return encode_int8_on_device(rows.float())
+    return found.encode(rows.to("cpu", torch.float32).numpy())
+
+
+def decode(
+    name: str, buffer: Buffer, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The rows in ``buffer`` as a new tensor [n, width]; n follows from the size.
+
+    Raises CodecError as ``wire.codec.Codec.decode`` does.
+    """
+    found = codec(name)
+    target = device if isinstance(device, torch.device) else torch.device(device)
+    if name == "bf16" and dtype == torch.bfloat16:
+        n = found.rows_in(memoryview(buffer).nbytes, width)
+        bits = np.frombuffer(buffer, np.uint16).reshape(n, width).copy()
+        floats.refuse_bits(bits)
+        return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(target)
+    if name == "int8" and target.type != "cpu":
+        n = found.rows_in(memoryview(buffer).nbytes, width)
+        raw = np.frombuffer(buffer, np.uint8).reshape(n, found.row_bytes(width))
+        int8.refuse_heads(raw, width)
+        return decode_int8_on_device(torch.from_numpy(raw.copy()).to(target), width).to(dtype)
+    return torch.from_numpy(found.decode(buffer, width)).to(target, dtype)
+
+
+def encode_int8_on_device(rows: torch.Tensor) -> bytes:
+    """``wire.int8.encode`` in torch's operators: float32 [n, width], on the device where it lies.
+
+    Raises CodecError where a value is not finite or too large.
+    """
+    n, width = rows.shape
+    if n == 0:
+        return b""
+    layout = int8.layout(width)
+    values = torch.zeros((n, layout.blocks * int8.BLOCK), dtype=torch.float32, device=rows.device)
+    values[:, :width] = rows
+    sizes = values.abs()
+    found = []
+    for _ in range(layout.kept):
+        position = sizes.argmax(dim=1, keepdim=True)  # the first of equal ones, by torch's documentation
+        sizes.scatter_(1, position, -1.0)
+        found.append(position)
+    where = torch.cat(found, dim=1).sort(dim=1).values
+    outliers = values.gather(1, where)
+    if not bool((outliers.abs() <= int8.LIMIT).all()):
+        floats.refuse_values(rows.cpu().numpy(), int8.LIMIT, "int8")
+    values.scatter_(1, where, 0.0)
+    sizes.scatter_(1, where, 0.0)
+
+    amax = sizes.view(n, layout.blocks, int8.BLOCK).amax(dim=2)
+    scales = ((amax / torch.full_like(amax, 127.0)).view(torch.int32) + 0xFFFF) >> 16
+    divisors = (scales << 16).view(torch.float32)
+    divisors = torch.maximum(divisors, torch.full_like(divisors, float(int8.SMALLEST_SCALE)))
+    codes = (values.view(n, layout.blocks, int8.BLOCK) / divisors[:, :, None]).round().to(torch.int8)
+
+    bits = outliers.view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    head = torch.cat([part.to(torch.int16) for part in (scales, where, rounded)], dim=1)
+    parts = torch.cat([head.view(torch.uint8), codes.view(n, -1)[:, :width].view(torch.uint8)], dim=1)
+    coded: bytes = parts.cpu().numpy().tobytes()
+    return coded
+
+
+def decode_int8_on_device(raw: torch.Tensor, width: int) -> torch.Tensor:
+    """``wire.int8.decode`` in torch's operators: uint8 [n, row_bytes] whose heads were checked, to float32 [n, width]."""
+    n = len(raw)
+    layout = int8.layout(width)
+    head = raw[:, : layout.head_bytes].contiguous().view(torch.int16).to(torch.int32)
+    wide = (head << 16).view(torch.float32)
+    codes = torch.zeros((n, layout.blocks * int8.BLOCK), dtype=torch.float32, device=raw.device)
+    codes[:, :width] = raw[:, layout.head_bytes :].view(torch.int8)
+    rows = codes.view(n, layout.blocks, int8.BLOCK) * wide[:, layout.scales, None]
+    rows = rows.view(n, -1)[:, :width].contiguous()
+    where = (head[:, layout.positions] & 0xFFFF).long()
+    return rows.scatter_(1, where, wide[:, layout.outliers])
