@@ -1,0 +1,234 @@
+"""Attention over our KV pool, as a function that transformers calls.
+
+Registered with ``AttentionInterface`` under ``ATTENTION``: a name that transformers has no mask function for makes it skip its
+own masks, and a keyword handed to a layer reaches the function, so that nothing here is global. One packed step is
+``[1, rows, ...]`` with the rows of several sessions side by side; a ``Segment`` says for each session what its rows see.
+
+Measured on a CPU (bf16 and fp32, 14 query and 2 key heads): for few rows, folding the query heads of a group into the rows
+reads each key once and is 5 to 14 times faster in bf16 than repeating keys; from some 32 rows on all variants lie within 10%,
+the causal triangle as a mask no slower than ``is_causal``. So one masked call per block of rows serves prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from farflung.engine.kv_pool import NewRows, SessionCells
+from farflung.engine.kv_tensors import KvShape, KvTensors
+
+ATTENTION = "farflung"
+FOLD_ROWS = 32
+"""Up to this many rows of a session, query groups are folded into rows."""
+BLOCK_ROWS = 256
+"""Longer chunks are computed in blocks of this many rows, so that masks and scores stay bounded."""
+EXPLICIT_SCORES = 2**24
+"""Scores held at a time where they are written out (softcap, sinks): 64 MiB of fp32."""
+
+
+class CausalMasks:
+    """Additive causal masks aligned to the lower right, as views of one tensor per sliding window; they only ever grow.
+
+    Row i of a block with ``past`` keys before it sees columns up to ``past + i``, in a window of W from ``past + i - W + 1``
+    on. All these masks are rectangles of one [BLOCK_ROWS, P + BLOCK_ROWS] tensor.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def get(self, rows: int, past: int, window: int | None) -> torch.Tensor:
+        """[rows, past + rows]: 0 where seen, minus infinity elsewhere. ``rows`` is at most BLOCK_ROWS."""
+        mask = self._masks.get(window)
+        if mask is None or mask.shape[1] < past + BLOCK_ROWS:
+            mask = self._masks[window] = self._build(max(1024, 1 << past.bit_length()), window)
+        width = mask.shape[1] - BLOCK_ROWS
+        return mask[:rows, width - past : width + rows]
+
+    def _build(self, width: int, window: int | None) -> torch.Tensor:
+        row = torch.arange(BLOCK_ROWS)[:, None]
+        column = torch.arange(-width, BLOCK_ROWS)[None]
+        hidden = column > row
+        if window is not None:
+            hidden |= column <= row - window
+        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+
+
+class Scores(NamedTuple):
+    """How a layer turns products of queries and keys into weights.
+
+    Attributes:
+        scaling: factor on the products.
+        window: positions a query sees back, itself included; None: all.
+        softcap: bounds scores by tanh.
+        sinks: [heads], one more logit each, to which no value belongs.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+class Block(NamedTuple):
+    """Some rows of a segment and the keys they meet: cells ``low <= i < high`` of the pool, under an additive mask if any."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    mask: torch.Tensor | None
+
+
+class Segment:
+    """The rows of one session in a step, and what they see."""
+
+    def __init__(self, start: int, base: int, rows: NewRows, cells: SessionCells, masks: CausalMasks) -> None:
+        """``start``: first row in the packed step. ``base``: first cell of the session's extent in the pool."""
+        self.start = start
+        self.stop = start + len(rows.slots)
+        self._base = base
+        self._rows = rows
+        self._cells = cells
+        self._masks = masks
+        self._first = int(rows.positions[0])
+        self._last = int(rows.positions.max())
+        self._keys = cells.slice_keys(rows)
+        self._blocks: dict[int | None, tuple[Block, ...]] = {}
+
+    def blocks(self, window: int | None) -> tuple[Block, ...]:
+        """The same for all layers that share a window; ``window`` None: no sliding window."""
+        found = self._blocks.get(window)
+        if found is None:
+            active = None if window is not None and self._last < window else window
+            found = self._blocks[window] = tuple(self._plan(active))
+        return found
+
+    def _plan(self, window: int | None) -> Iterator[Block]:
+        first, base, rows = self._first, self._base, len(self._rows.slots)
+        oldest = 0 if window is None else max(0, first - window + 1)
+        if self._keys is None or (window is not None and not self._cells.in_order(oldest, self._keys)):
+            yield from self._plan_scattered(window)
+            return
+        for start in range(0, rows, BLOCK_ROWS):
+            stop = min(rows, start + BLOCK_ROWS)
+            low = 0 if window is None else max(0, first + start - window + 1)
+            mask = None if stop - start == 1 else self._masks.get(stop - start, first + start - low, window)
+            yield Block(self.start + start, self.start + stop, base + low, base + first + stop, mask)
+
+    def _plan_scattered(self, window: int | None) -> Iterator[Block]:
+        visible = torch.from_numpy(self._cells.visible(self._rows, window))
+        for start in range(0, len(visible), BLOCK_ROWS):
+            part = visible[start : start + BLOCK_ROWS]
+            mask = torch.zeros(part.shape, dtype=self._masks.dtype).masked_fill_(~part, -torch.inf)
+            yield Block(self.start + start, self.start + start + len(part), self._base, self._base + part.shape[1], mask)
+
+
+class StepAttention:
+    """What one packed step hands to the attention of every layer."""
+
+    def __init__(self, kv: KvTensors, cells: torch.Tensor, segments: Sequence[Segment]) -> None:
+        """``cells``: int64 [rows], the pool cell of each row."""
+        self._kv = kv
+        self._cells = cells
+        self._segments = segments
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """Writes keys and values of the rows, then attends: [1, heads, rows, width] to [1, rows, heads, width]."""
+        keys, values = self._kv.keys[layer], self._kv.values[layer]
+        keys.index_copy_(1, self._cells, key[0])
+        values.index_copy_(1, self._cells, value[0])
+        attend = _attend if scores.softcap is None and scores.sinks is None else _attend_explicit
+        parts: list[torch.Tensor] = []
+        for segment in self._segments:
+            for start, stop, low, high, mask in segment.blocks(scores.window):
+                rows = query if stop - start == query.shape[2] else query[:, :, start:stop]
+                parts.append(attend(rows, keys[:, low:high], values[:, low:high], mask, scores))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class ProbeAttention:
+    """Stands in for ``StepAttention`` in one tiny forward that finds out the shapes of keys and values."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KvShape] = {}
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores) -> torch.Tensor:
+        del scores
+        self.shapes[layer] = KvShape(key.shape[1], key.shape[3], value.shape[3])
+        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scores: Scores
+) -> torch.Tensor:
+    """[1, heads, rows, width] over [kv heads, keys, width]; returns [1, rows, heads, width]."""
+    _, heads, rows, width = query.shape
+    groups = key.shape[0]
+    each = heads // groups
+    if rows == 1:
+        out = scaled_dot_product_attention(
+            query.reshape(1, groups, each, width), key[None], value[None], attn_mask=mask, scale=scores.scaling
+        )
+        return out.reshape(1, 1, heads, -1)
+    if rows <= FOLD_ROWS:
+        folded = query.reshape(1, groups, each * rows, width)
+        if mask is not None:
+            mask = mask.repeat(each, 1)
+        out = scaled_dot_product_attention(folded, key[None], value[None], attn_mask=mask, scale=scores.scaling)
+        return out.reshape(1, heads, rows, -1).transpose(1, 2)
+    keys = key[:, None].expand(-1, each, -1, -1)
+    values = value[:, None].expand(-1, each, -1, -1)
+    out = scaled_dot_product_attention(
+        query.reshape(groups, each, rows, width), keys, values, attn_mask=mask, scale=scores.scaling
+    )
+    return out.reshape(1, heads, rows, -1).transpose(1, 2)
+
+
+def _attend_explicit(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scores: Scores
+) -> torch.Tensor:
+    """The same with the scores written out, in fp32, for what ``scaled_dot_product_attention`` cannot do."""
+    _, heads, rows, width = query.shape
+    groups, count, _ = key.shape
+    grouped = query.reshape(groups, heads // groups, rows, width).float()
+    keys, values = key.float()[:, None].transpose(2, 3), value.float()[:, None]
+    parts: list[torch.Tensor] = []
+    step = max(1, EXPLICIT_SCORES // (heads * count))
+    for start in range(0, rows, step):
+        products = grouped[:, :, start : start + step] @ keys * scores.scaling
+        if scores.softcap is not None:
+            products = torch.tanh(products / scores.softcap) * scores.softcap
+        if mask is not None:
+            products = products + mask[start : start + step]
+        if scores.sinks is not None:
+            sinks = scores.sinks.float().view(groups, -1, 1, 1).expand(-1, -1, products.shape[2], 1)
+            products = torch.cat([products, sinks], -1)
+        parts.append(products.softmax(-1)[..., :count] @ values)
+    return torch.cat(parts, 2).reshape(1, heads, rows, -1).transpose(1, 2).to(query.dtype)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    farflung: StepAttention | ProbeAttention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer; ``farflung`` is the keyword that the layer was handed."""
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    return farflung.attend(module.layer_idx, query, key, value, scores), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
