@@ -9,6 +9,7 @@ from random import Random
 
 import structlog
 
+from farflung import __version__
 from farflung.core.errors import StageLost, first_cause
 from farflung.core.ids import NodeId, short
 from farflung.engine.backend import StageBackend
@@ -16,9 +17,9 @@ from farflung.identity.keys import Identity
 from farflung.node.compute import ComputeConfig, compute_forever
 from farflung.node.stage_session import StageSession
 from farflung.node.table import SessionTable, TableConfig
-from farflung.swarm.announcer import Announcer
-from farflung.swarm.directory import Directory, Query
-from farflung.swarm.records import NodeRecord
+from farflung.swarm.announcer import Announcer, AnnouncerConfig
+from farflung.swarm.directory import Directory
+from farflung.swarm.records import NodeRecord, Query
 from farflung.swarm.roster import Roster
 from farflung.transport.lines import LinkPool
 from farflung.transport.link import Listener, Transport
@@ -36,6 +37,7 @@ class NodeConfig:
         t_curve_ms: measured time of a step by number of tokens.
         threads: compute threads, announced with the T-curve.
         record_ttl_s: how long the directory believes a record that is not renewed.
+        announce_timeout_s: how long ``start`` waits for the directory to take the record.
         drain_timeout_s: how long running sessions may go on after ``drain`` began.
         find_timeout_s: how long to look for the address of a next hop.
         dial_timeout_s: how long to find and dial it in all.
@@ -45,6 +47,7 @@ class NodeConfig:
     advertise: tuple[str, ...] = ()
     t_curve_ms: Mapping[int, float] = field(default_factory=dict)
     record_ttl_s: float = 15.0
+    announce_timeout_s: float = 3.0
     drain_timeout_s: float = 30.0
     find_timeout_s: float = 2.0
     dial_timeout_s: float = 2.5
@@ -85,9 +88,14 @@ class Node:
             ports.transport, self._addresses_of, self._table.on_new_line, dial_timeout_s=config.dial_timeout_s
         )
         self._table.pool = self._pool
-        self._roster = Roster(ports.directory, Query(digest=backend.spec.digest))
+        self._roster = Roster(ports.directory, Query(model=backend.spec.digest))
         self._announcer = Announcer(
-            ports.directory, ports.identity, ports.clock, self._record, random=ports.random, ttl_s=config.record_ttl_s
+            AnnouncerConfig(ttl_s=config.record_ttl_s),
+            ports.directory,
+            ports.identity,
+            self._record,
+            wall_clock=ports.clock,
+            random=ports.random,
         )
         self._stop = asyncio.Event()
         self._main: asyncio.Task[None] | None = None
@@ -128,7 +136,7 @@ class Node:
             return
         self._table.draining = True
         if not self._main.done():
-            await self._announcer.refresh()
+            self._announcer.announce_now()
             try:
                 async with asyncio.timeout(self._config.drain_timeout_s):
                     await self._table.empty.wait()
@@ -144,6 +152,7 @@ class Node:
                 self._group = group
                 compute = group.create_task(compute_forever(self._table, self._ports.backend, self._config.compute))
                 async with self._roster, self._announcer:
+                    await self._announcer.announced(self._config.announce_timeout_s)
                     if not started.cancelled():
                         started.set_result(None)
                     await self._stop.wait()
@@ -193,4 +202,5 @@ class Node:
             codecs=tuple(sorted(self._config.table.codecs)),
             engine_class=backend.engine_class,
             status="draining" if self._table.draining else "serving",
+            version=__version__,
         )

@@ -183,7 +183,7 @@ class Generation:
                 self.finish_reason = emitted.reason
                 tail = setup.detokenizer.finish() if setup.detokenizer is not None else ""
                 if setup.stop is not None:
-                    tail = setup.stop.push(tail).text + setup.stop.finish()
+                    tail = setup.stop.push(tail).text_to_emit + setup.stop.finish().text_to_emit
                 if tail:
                     self.stats.text += tail
                     yield Token(None, tail)
@@ -203,7 +203,7 @@ class Generation:
         if setup.stop is None:
             return text, False
         result = setup.stop.push(text)
-        return result.text, result.stopped is not None
+        return result.text_to_emit, result.stopped is not None
 
     def on_frame(self, line: Line, frame: Frame) -> None:
         message = frame.message

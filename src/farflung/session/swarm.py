@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
 from types import TracebackType
 from typing import Self
 
-from farflung.core.errors import UsageError
-from farflung.core.ids import NodeId, SessionId
+from farflung.core.errors import DigestMismatch, FarflungError, LayersMissing, UsageError
+from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import OpenText
 from farflung.core.model import ModelSpec
 from farflung.core.route import Route
@@ -23,9 +23,10 @@ from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generatio
 from farflung.protocol.opening import MAX_OPENING_AGE_S
 from farflung.session.generation import Generation, GenerationSetup
 from farflung.session.options import GenerateOptions
-from farflung.swarm.directory import Directory, Query
-from farflung.swarm.http_client import HttpDirectory
-from farflung.swarm.offers import offers_of
+from farflung.swarm.directory import Directory
+from farflung.swarm.http_client import HttpDirectory, HttpDirectoryConfig
+from farflung.swarm.offers import find_model, offers_of
+from farflung.swarm.records import NodeRecord, Query
 from farflung.swarm.roster import Roster
 from farflung.text.detokenize import Detokenizer
 from farflung.text.stop import StopStrings
@@ -71,7 +72,7 @@ class Swarm:
         self._tokenizer = tokenizer
         self._ports = ports
         self._find_timeout_s = find_timeout_s
-        self._roster = Roster(ports.directory, Query(digest=spec.digest))
+        self._roster = Roster(ports.directory, Query(model=spec.digest))
         self._pool = LinkPool(ports.transport, self._addresses_of, dial_timeout_s=find_timeout_s + 0.5)
         self._stack = AsyncExitStack()
 
@@ -91,22 +92,27 @@ class Swarm:
         tokenizer = Tokenizer(path, arguments)
         identity = identity or Identity.generate()
         transport = TcpTransport(identity, link or LinkConfig())
-        async with HttpDirectory(directory_url, random=Random(secrets.randbits(64))) as directory:  # noqa: S311 - jitter, not keys
-            ports = DriverPorts(
-                identity=identity,
-                transport=transport,
-                directory=directory,
-                clock=time.time,
-                random_bytes=secrets.token_bytes,
-            )
-            async with cls(spec, tokenizer, ports) as swarm:
-                yield swarm
+        directory = HttpDirectory(
+            HttpDirectoryConfig(url=directory_url),
+            wall_clock=time.time,
+            random=Random(secrets.randbits(64)),  # noqa: S311 - jitter
+        )
+        ports = DriverPorts(
+            identity=identity, transport=transport, directory=directory, clock=time.time, random_bytes=secrets.token_bytes
+        )
+        async with aclosing(directory), cls(spec, tokenizer, ports) as swarm:
+            yield swarm
 
     async def __aenter__(self) -> Self:
         await self._stack.__aenter__()
         self._stack.push_async_callback(self._ports.transport.close)
         self._stack.push_async_callback(self._pool.close)
         await self._stack.enter_async_context(self._roster)
+        try:
+            await self._roster.until(lambda _: True, self._find_timeout_s)
+        except FarflungError:
+            await self._stack.aclose()
+            raise
         return self
 
     async def __aexit__(
@@ -150,8 +156,28 @@ class Swarm:
         return self.generate(self.tokenizer.encode_chat(messages), options)
 
     async def route(self, lease_tokens: int) -> Route:
-        """The route a generation of that lease would take now. Raises LayersMissing, NoSuchModel."""
-        offers = offers_of(self._roster.records)
+        """The route a generation of that lease would take now.
+
+        Raises NoSuchModel, DigestMismatch where only another model of that name is served, LayersMissing.
+        """
+        try:
+            return self._route_over(self._roster.records, lease_tokens)
+        except LayersMissing:
+            # What the roster knows of free KV ages, and a node may just have come: ask once before giving up.
+            everything = await self._ports.directory.records()
+        served = find_model(everything, self.spec.digest if self._is_served(everything) else self.spec.name)
+        if served.digest != self.spec.digest:
+            raise DigestMismatch(
+                f"the swarm serves {self.spec.name} as {short(served.digest)}, the files here make {short(self.spec.digest)}",
+                hint="use the same weight files: compare `farflung models inspect` on both machines",
+            )
+        return self._route_over(everything, lease_tokens)
+
+    def _is_served(self, records: Sequence[NodeRecord]) -> bool:
+        return any(record.digest == self.spec.digest and record.status == "serving" for record in records)
+
+    def _route_over(self, records: Sequence[NodeRecord], lease_tokens: int) -> Route:
+        offers = offers_of(records, self.spec.digest, self.spec.layers)
         return choose_route(offers, self.spec.layers, RouteOptions(lease_tokens=lease_tokens, model=self.spec.name))
 
     def _opening(self, plan: GenerationPlan, options: GenerateOptions) -> Callable[[], Awaitable[OpenText]]:
