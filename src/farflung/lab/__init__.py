@@ -1,0 +1,1 @@
+"""Emulated and simulated networks, virtual time, benchmarks."""
