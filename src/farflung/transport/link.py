@@ -59,7 +59,11 @@ class LinkConfig:
 
 @dataclass
 class LinkStats:
-    """What a link has measured. Times in seconds, rates in bytes per second; None until measured."""
+    """What a link has measured. Times in seconds, rates in bytes per second; None until measured.
+
+    Bytes are those of the link on the network from its hello on: frames, fragment headers and TLS records (TCP/IP headers and
+    the TLS handshake are not among them). The housekeeping part of them is hello, pings and pongs.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -67,6 +71,8 @@ class LinkStats:
     frames_received: int = 0
     round_trip_s: float | None = None
     delivery_bytes_per_s: float | None = None
+    housekeeping_bytes_sent: int = 0
+    housekeeping_bytes_received: int = 0
 
 
 class LinkHandler(Protocol):

@@ -1,0 +1,343 @@
+"""A ``Link`` over any reliable byte stream: greeting, channels, heartbeat, measures, and one clear end.
+
+The stream below (``Wire``) is TLS over tcp, or a path of a memory network; the queue in front of it is the node's
+``Uplink``. All of it runs in callbacks of one event loop, without tasks: a link leaves nothing behind that must be awaited.
+
+    GREETING --hello agreed--> UP --close()--> CLOSING --flushed--> LOST
+        '--------------------- any failure ----------------------> LOST
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Protocol
+
+from farflung.core.errors import (
+    FarflungError,
+    FrameTooLarge,
+    LinkLost,
+    LinkOverloaded,
+    ProtocolViolation,
+    UsageError,
+)
+from farflung.core.ids import NodeId, short
+from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
+from farflung.core.units import Bytes
+from farflung.transport.hello import agreed_version
+from farflung.transport.link import Frame, LinkConfig, LinkHandler, LinkStats, Priority
+from farflung.transport.measure import DeliveryRate, RoundTrip, fragment_bytes_for
+from farflung.transport.uplink import Fragment, Uplink
+from farflung.wire.fragment import MAX_FRAGMENT_BYTES, Reassembler
+from farflung.wire.frame import decode_frame, encode_frame, frame_size
+
+FLUSH_S = 1.0
+"""How long ``close`` waits for queued frames and for the other end to take them."""
+
+RECORD_BYTES = 22
+"""What TLS 1.3 adds to each record: header 5, content type 1, tag 16 (RFC 8446, 5.2)."""
+
+_FRAGMENT_HEADER_BYTES = 12  # of a frame's only fragment, see wire.fragment
+_LEAST_BEAT_S = 0.02  # timers fire early by up to the clock's resolution (16 ms on Windows) and must not spin until it is time
+
+
+class Wire(Protocol):
+    """A byte stream to an authenticated peer, written to by one link."""
+
+    @property
+    def writable(self) -> bool:
+        """Little is unsent. When that becomes true again the wire calls ``FrameLink.on_writable``."""
+
+    def write(self, data: bytes) -> int:
+        """Sends; never raises. Returns the bytes this puts on the network, encryption included."""
+
+    def bound_unsent(self, size: int) -> None:
+        """Asks that at most about ``size`` bytes wait in the kernel."""
+
+    def finish(self, by: float) -> None:
+        """Lets what was written arrive, then ends; breaks off at ``by`` (loop time)."""
+
+    async def ended(self) -> None:
+        """Returns once nothing is left of the wire."""
+
+
+class _State(Enum):
+    GREETING = 0
+    UP = 1
+    CLOSING = 2
+    LOST = 3
+
+
+class FrameLink:
+    """See ``Link`` for the public half.
+
+    Args:
+        peer: whose key is at the other end.
+        wire: the stream.
+        uplink: of this node.
+        config: limits and rhythms.
+        hello: what this end speaks.
+        dialled: this end dialled, so it hands out even channels.
+        greet_by: loop time by which the peer's hello must be here.
+        on_greeted: called once: with None when the link is up, with the error when the greeting failed.
+    """
+
+    def __init__(
+        self,
+        peer: NodeId,
+        wire: Wire,
+        uplink: Uplink,
+        config: LinkConfig,
+        hello: Hello,
+        *,
+        dialled: bool,
+        greet_by: float,
+        on_greeted: Callable[[FrameLink, FarflungError | None], None],
+    ) -> None:
+        self.peer = peer
+        self.stats = LinkStats()
+        self.peer_hello: Hello | None = None
+        self.fragment_bytes = MAX_FRAGMENT_BYTES
+        self._loop = asyncio.get_running_loop()
+        self._wire = wire
+        self._uplink = uplink
+        self._config = config
+        self._hello = hello
+        self._on_greeted = on_greeted
+        self._state = _State.GREETING
+        self._next_channel = 2 if dialled else 1
+        self._handler: LinkHandler | None = None
+        self._held: list[tuple[int, Frame]] | None = []  # frames that came before the handler; None once it is served
+        self._held_bytes = 0
+        self._error: FarflungError | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._reassembler = Reassembler(max_frame_bytes=config.max_frame_bytes, max_partial_frames=config.max_partial_frames)
+        self._round_trip = RoundTrip()
+        self._delivery = DeliveryRate()
+        self._heard = self._loop.time()
+        self._ping_at = 0.0
+        self._timer = self._loop.call_at(greet_by, self._greeting_overdue, self._heard)
+        self._post(hello)
+
+    def __repr__(self) -> str:
+        return f"FrameLink({short(self.peer)}, {self._state.name.lower()})"
+
+    # ---- the port ----
+
+    @property
+    def is_up(self) -> bool:
+        return self._state is _State.UP
+
+    def start(self, handler: LinkHandler) -> None:
+        if self._handler is not None:
+            raise UsageError(f"the link to node {short(self.peer)} has a handler already")
+        self._handler = handler
+        self._loop.call_soon(self._serve_held, handler)
+
+    def new_channel(self) -> int:
+        channel = self._next_channel
+        self._next_channel += 2
+        return channel
+
+    def send(self, channel: int, frame: Frame, priority: Priority) -> None:
+        if self._state is not _State.UP:
+            state = "closing" if self._error is None else f"down: {self._error}"
+            raise LinkLost(f"the link to node {short(self.peer)} is {state}")
+        if channel == LINK_CHANNEL:
+            raise UsageError("channel 0 is the link's own", hint="take one from new_channel()")
+        parts = encode_frame(frame.message, frame.buffers)
+        size = frame_size(parts)
+        queued = self._uplink.queued_bytes(self)
+        if size > self._config.max_frame_bytes:
+            raise FrameTooLarge(
+                f"a frame of {Bytes(size)} for node {short(self.peer)} is over the limit of "
+                f"{Bytes(self._config.max_frame_bytes)}"
+            )
+        if queued and queued + size > self._config.max_queued_bytes:
+            raise LinkOverloaded(
+                f"{Bytes(queued)} wait to be sent to node {short(self.peer)}, another {Bytes(size)} are over the limit of "
+                f"{Bytes(self._config.max_queued_bytes)}",
+                hint="the peer or the path to it is slower than what is sent; send less at a time",
+            )
+        self.stats.frames_sent += 1
+        self._uplink.send(self, channel, priority, parts, size)
+
+    async def close(self, error: FarflungError | None = None) -> None:
+        if self._state is not _State.CLOSING:
+            by = self._loop.time() + FLUSH_S
+            try:
+                await self._flush()
+            finally:
+                self._end(error or LinkLost(f"the link to node {short(self.peer)} was closed by this end"), by)
+        await self._wire.ended()
+
+    # ---- called by the wire ----
+
+    def on_bytes(self, chunks: Sequence[bytes], wire_bytes: int) -> None:
+        """Bytes arrived, in one read: plaintext, and how many they were on the network."""
+        self._heard = self._loop.time()
+        self.stats.bytes_received += wire_bytes
+        if self._state not in (_State.GREETING, _State.UP):
+            return
+        size = 0
+        try:
+            for chunk in chunks:
+                size += len(chunk)
+                for channel, _, data in self._reassembler.feed(chunk):
+                    message, buffers = decode_frame(data)
+                    if channel == LINK_CHANNEL:
+                        self._take_own(message, len(data))
+                    else:
+                        self._take(channel, Frame(message, buffers), len(data))
+                    if self._state not in (_State.GREETING, _State.UP):
+                        return
+        except FarflungError as error:
+            self._end(error)
+            return
+        self._delivery.arrived(self._heard, size, mid_frame=self._reassembler.partial_frames > 0)
+
+    def on_writable(self) -> None:
+        """The wire has room again."""
+        self._uplink.writable(self)
+
+    def on_wire_lost(self, error: FarflungError) -> None:
+        """The wire ended by itself."""
+        self._end(error)
+
+    # ---- called by the uplink ----
+
+    @property
+    def writable(self) -> bool:
+        return self._wire.writable
+
+    def transmit(self, fragment: Fragment) -> None:
+        # Joined, because each piece by itself would become a TLS record with 22 bytes around it.
+        self.stats.bytes_sent += self._wire.write(b"".join(fragment))
+
+    def drained(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # ---- inside ----
+
+    async def _flush(self) -> None:
+        if self._state is _State.UP:
+            self._state = _State.CLOSING
+            self._timer.cancel()
+            if self._held is not None:
+                self._held = []
+            if self._uplink.queued_bytes(self):
+                self._drained = self._loop.create_future()
+                await asyncio.wait([self._drained], timeout=FLUSH_S)
+
+    def _take(self, channel: int, frame: Frame, size: int) -> None:
+        if self._state is _State.GREETING:
+            raise ProtocolViolation(f"node {short(self.peer)} sent a frame on channel {channel} before its hello")
+        self.stats.frames_received += 1
+        if self._held is None:
+            if self._handler is not None:
+                self._handler.on_frame(self, channel, frame)
+            return
+        self._held.append((channel, frame))
+        self._held_bytes += size
+        if self._held_bytes > self._config.max_frame_bytes:
+            raise LinkOverloaded(
+                f"node {short(self.peer)} sent {Bytes(self._held_bytes)} before anybody here listened, "
+                f"at most {Bytes(self._config.max_frame_bytes)} are kept"
+            )
+
+    def _take_own(self, message: Message, size: int) -> None:
+        self.stats.housekeeping_bytes_received += size + _FRAGMENT_HEADER_BYTES + RECORD_BYTES
+        match message:
+            case Hello() if self.peer_hello is None:
+                self.peer_hello = message
+                agreed_version(self._hello, message, self.peer)
+                self._state = _State.UP
+                self._timer.cancel()
+                self._beat()
+                self._on_greeted(self, None)
+            case Ping() if self.peer_hello is not None:
+                if self._uplink.queued_bytes(self) > self._config.max_queued_bytes:
+                    raise LinkOverloaded(f"node {short(self.peer)} sends pings and reads no answers")
+                self._post(Pong(message.number, self._delivery.bytes_per_s))
+            case Pong() if self.peer_hello is not None:
+                self._round_trip.pong(message.number, self._heard)
+                self.stats.round_trip_s = self._round_trip.seconds
+                if message.received_bytes_per_s > 0:
+                    self.stats.delivery_bytes_per_s = message.received_bytes_per_s
+                    self._cut_for(message.received_bytes_per_s)
+            case _:
+                raise ProtocolViolation(
+                    f"node {short(self.peer)} sent a {type(message).__name__} on the link's own channel, out of place"
+                )
+
+    def _post(self, message: Message) -> None:
+        parts = encode_frame(message)
+        size = frame_size(parts)
+        self.stats.housekeeping_bytes_sent += size + _FRAGMENT_HEADER_BYTES + RECORD_BYTES
+        self._uplink.send(self, LINK_CHANNEL, Priority.CONTROL, parts, size)
+
+    def _cut_for(self, bytes_per_s: float) -> None:
+        fragment_bytes = fragment_bytes_for(bytes_per_s)
+        if fragment_bytes != self.fragment_bytes:
+            self.fragment_bytes = fragment_bytes
+            self._wire.bound_unsent(2 * fragment_bytes)
+
+    def _beat(self) -> None:
+        """Sends the ping that is due, ends the link if the peer is silent, and sets the timer for the next of both."""
+        now = self._loop.time()
+        silent_s = now - self._heard
+        if silent_s >= self._config.dead_after_s:
+            self._end(
+                LinkLost(
+                    f"node {short(self.peer)} has been silent for {silent_s:.1f} s",
+                    hint="it has stopped, or the network between is gone; look at its log and at `farflung status`",
+                )
+            )
+            return
+        if now >= self._ping_at:
+            self._ping_at = now + self._config.heartbeat_s
+            if self.writable:  # else enough is under way to show life, and pings would only pile up
+                self._post(Ping(self._round_trip.ping(now)))
+        next_at = min(self._ping_at, self._heard + self._config.dead_after_s)
+        self._timer = self._loop.call_at(max(next_at, now + _LEAST_BEAT_S), self._beat)
+
+    def _greeting_overdue(self, since: float) -> None:
+        self._end(
+            LinkLost(
+                f"node {short(self.peer)} proved its key but said no hello within {self._loop.time() - since:.1f} s",
+                hint="is it overloaded, or another program with a node's key?",
+            )
+        )
+
+    def _end(self, error: FarflungError, by: float | None = None) -> None:
+        if self._state is _State.LOST:
+            return
+        greeting = self._state is _State.GREETING
+        self._state = _State.LOST
+        self._error = error
+        self._timer.cancel()
+        self._uplink.drop(self)
+        self.drained()
+        self._wire.finish(self._loop.time() + FLUSH_S if by is None else by)
+        if greeting:
+            self._on_greeted(self, error)
+        elif self._held is None:
+            self._loop.call_soon(self._tell_lost)
+
+    def _serve_held(self, handler: LinkHandler) -> None:
+        """Hands over what came before the handler, then lets the rest through."""
+        held, self._held = self._held or [], None
+        try:
+            for channel, frame in held:
+                handler.on_frame(self, channel, frame)
+        except FarflungError as error:
+            self._end(error)
+        if self._state is _State.LOST:
+            self._loop.call_soon(self._tell_lost)
+
+    def _tell_lost(self) -> None:
+        handler, self._handler = self._handler, None
+        if handler is not None and self._error is not None:
+            handler.on_lost(self, self._error)

@@ -1,0 +1,270 @@
+"""One tcp socket with TLS 1.3 over it: from the first byte to the last, as the ``Wire`` of a ``FrameLink``.
+
+The greeting happens before anybody gets the link: TLS, then the key of the peer is judged, then both say hello. Whatever goes
+wrong until then is told once to ``on_greeted``, within the handshake timeout; afterwards it is the link's to tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from farflung.core.errors import FarflungError, LinkLost
+from farflung.core.ids import NodeId, short
+from farflung.core.messages import Hello
+from farflung.transport.address import format_address
+from farflung.transport.frame_link import FLUSH_S, RECORD_BYTES, FrameLink
+from farflung.transport.link import LinkConfig
+from farflung.transport.tls import TlsStream
+from farflung.transport.uplink import Uplink
+from farflung.wire.fragment import MAX_FRAGMENT_BYTES
+
+_LEAST_UNSENT_BYTES = 4096  # below, the kernel would wake us for every other packet
+_KERNEL_BOUNDS_UNSENT = hasattr(socket, "TCP_NOTSENT_LOWAT")
+
+OnGreeted = Callable[["TcpConnection", FrameLink | None, FarflungError | None], None]
+
+
+@dataclass(frozen=True)
+class TcpSetup:
+    """What all connections of one transport share.
+
+    Attributes:
+        config: limits and rhythms.
+        hello: what this node speaks.
+        uplink: of this node.
+        receive: bytes are received into it; shared, because asyncio fills it and hands it over without a step between.
+        connections: those whose socket is not closed; a connection enters and leaves by itself.
+    """
+
+    config: LinkConfig
+    hello: Hello
+    uplink: Uplink
+    receive: memoryview
+    connections: dict[TcpConnection, None]
+
+
+class TcpConnection(asyncio.BufferedProtocol):
+    """Args:
+    setup: shared.
+    context: TLS of this direction.
+    expect: called with the peer's node id as soon as it is proven; raises (WrongPeer) to turn it away.
+    on_greeted: called once, with the link when it is up, or with the error.
+    dialled: this end dialled.
+    """
+
+    def __init__(
+        self,
+        setup: TcpSetup,
+        context: ssl.SSLContext,
+        expect: Callable[[NodeId], None],
+        on_greeted: OnGreeted,
+        *,
+        dialled: bool,
+    ) -> None:
+        self._setup = setup
+        self._tls = TlsStream(context, server_side=not dialled)
+        self._expect = expect
+        self._on_greeted: OnGreeted | None = on_greeted
+        self._dialled = dialled
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._greet_by = self._loop.time() + setup.config.handshake_timeout_s
+        self._timer = self._loop.call_at(self._greet_by, self._overdue)
+        self._transport: asyncio.Transport | None = None
+        self._link: FrameLink | None = None
+        self._paused = False
+        self._finishing = False
+        self.remote = "an unknown address"
+
+    # ---- the wire ----
+
+    @property
+    def writable(self) -> bool:
+        return not (self._paused or self._finishing)
+
+    def write(self, data: bytes) -> int:
+        if self._finishing or self._transport is None:
+            return 0
+        records = self._tls.encrypt(data)
+        self._transport.write(records)
+        return len(records)
+
+    def bound_unsent(self, size: int) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if _KERNEL_BOUNDS_UNSENT:
+            opened: socket.socket = self._transport.get_extra_info("socket")
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, max(size, _LEAST_UNSENT_BYTES))
+        else:
+            self._transport.set_write_buffer_limits(high=size)
+
+    def finish(self, by: float) -> None:
+        if self._finishing:
+            return
+        self._finishing = True
+        self._timer.cancel()
+        if self._transport is None:
+            return
+        # Half-closed: the peer gets all that was written, and closes in turn. Closing at once would reset the connection
+        # where bytes of the peer are unread, and destroy what it has not read yet.
+        self._timer = self._loop.call_at(by, self.abort)
+        self._transport.write(self._tls.goodbye())
+        try:
+            self._transport.write_eof()
+        except OSError:  # the peer has reset the connection and the loop does not know yet
+            self.abort()
+
+    def abort(self) -> None:
+        """Ends the connection here and now."""
+        self._finishing = True
+        self._timer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def ended(self) -> None:
+        await asyncio.shield(self._ended)
+
+    # ---- the transport ----
+
+    async def close(self) -> None:
+        """Closes the link, or breaks the greeting off, and waits until the socket is closed."""
+        if self._link is not None:
+            await self._link.close()
+        else:
+            self._greeted(None, LinkLost("this transport was closed during the handshake"))
+            self.abort()
+            await self.ended()
+
+    # ---- asyncio.BufferedProtocol ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._setup.connections[self] = None
+        if self._finishing:  # called off between accepting and now
+            self._transport.abort()
+            return
+        name = transport.get_extra_info("peername")
+        if name:
+            self.remote = format_address(*name[:2])
+        opened: socket.socket = transport.get_extra_info("socket")
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if _KERNEL_BOUNDS_UNSENT:
+            self._transport.set_write_buffer_limits(high=0)  # what the kernel refuses is the limit
+        self.bound_unsent(2 * MAX_FRAGMENT_BYTES)
+        self._shake_hands()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._setup.receive
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._finishing:
+            return
+        self._tls.feed(self._setup.receive[:nbytes])
+        if self._link is None:
+            self._shake_hands()
+        if self._link is not None:
+            self._read(self._link)
+
+    def eof_received(self) -> bool:
+        self._lose(f"{self._name()} ended the connection without a goodbye", "its process has probably died; look at its log")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        reason = f": {exc}" if exc is not None else ""
+        self._lose(f"the connection with {self._name()} broke{reason}", "its process or the network between has failed")
+        self._finishing = True
+        self._timer.cancel()
+        del self._setup.connections[self]
+        self._ended.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._link is not None and not self._finishing:
+            self._link.on_writable()
+
+    # ---- inside ----
+
+    def _shake_hands(self) -> None:
+        try:
+            done = self._tls.shake_hands()
+            self._send_outgoing()
+            if not done:
+                return
+            peer = self._tls.peer
+            self._expect(peer)
+        except ssl.SSLError as error:
+            self._send_outgoing()  # the alert that says why
+            self._lose(
+                f"{self._name()} does not speak TLS 1.3 as a node does: {_reason(error)}",
+                "is the port right, and is that a node of this swarm?",
+            )
+            return
+        except FarflungError as error:
+            self._greeted(None, error)
+            self.finish(self._loop.time() + FLUSH_S)
+            return
+        self._timer.cancel()
+        self._link = FrameLink(
+            peer,
+            self,
+            self._setup.uplink,
+            self._setup.config,
+            self._setup.hello,
+            dialled=self._dialled,
+            greet_by=self._greet_by,
+            on_greeted=lambda link, error: self._greeted(link if error is None else None, error),
+        )
+
+    def _read(self, link: FrameLink) -> None:
+        try:
+            chunks = self._tls.read()
+        except ssl.SSLError as error:
+            self._send_outgoing()
+            self._lose(f"{self._name()} broke TLS: {_reason(error)}", "it refused our key, or something on the way garbles it")
+            return
+        self._send_outgoing()
+        link.on_bytes(chunks, sum(map(len, chunks)) + RECORD_BYTES * len(chunks))
+        if self._tls.peer_said_goodbye:
+            self._lose(f"{self._name()} closed the link", "it was stopped, or no longer needs this link")
+
+    def _send_outgoing(self) -> None:
+        data = self._tls.take_outgoing()
+        if data and self._transport is not None:
+            self._transport.write(data)
+
+    def _overdue(self) -> None:
+        self._lose(
+            f"{self._name()} did not finish the TLS handshake within {self._setup.config.handshake_timeout_s:.1f} s",
+            "is the port right, and is that node overloaded?",
+        )
+
+    def _lose(self, message: str, hint: str) -> None:
+        if self._finishing:
+            return
+        error = LinkLost(message, hint=hint)
+        if self._link is not None:
+            self._link.on_wire_lost(error)
+        else:
+            self._greeted(None, error)
+        self.finish(self._loop.time() + FLUSH_S)
+
+    def _greeted(self, link: FrameLink | None, error: FarflungError | None) -> None:
+        tell, self._on_greeted = self._on_greeted, None
+        if tell is not None:
+            tell(self, link, error)
+
+    def _name(self) -> str:
+        return "the other end" if self._link is None else f"node {short(self._link.peer)} at {self.remote}"
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()
