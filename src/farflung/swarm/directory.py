@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,8 +61,9 @@ class Directory(Protocol):
     async def records(self, query: Query = EVERYTHING) -> list[NodeRecord]:
         """Live records that fit, with their KV as free as the node last said."""
 
-    def watch(self, query: Query = EVERYTHING) -> AsyncIterator[Change]:
-        """A snapshot and then every change, through outages and restarts of the directory, until the caller stops.
+    def watch(self, query: Query = EVERYTHING) -> AsyncGenerator[Change, None]:
+        """A snapshot and then every change, through outages and restarts of the directory, until the caller stops
+        (``contextlib.aclosing``).
 
         Raises UsageError where the directory does not understand the query.
         """
@@ -85,7 +86,7 @@ class Update:
     changes: tuple[Change, ...]
 
 
-async def follow(poll: Callable[[str], Awaitable[Update]], backoff: Backoff, name: str) -> AsyncIterator[Change]:
+async def follow(poll: Callable[[str], Awaitable[Update]], backoff: Backoff, name: str) -> AsyncGenerator[Change, None]:
     """Polls from the last cursor for ever; while the directory fails it waits and tries again, saying so once.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import TypeVar
@@ -92,14 +92,13 @@ class HttpDirectory:
             raise refusals[0]
         return [record for record in records if query.matches(record)]
 
-    async def watch(self, query: Query = EVERYTHING) -> AsyncIterator[Change]:
+    def watch(self, query: Query = EVERYTHING) -> AsyncGenerator[Change, None]:
         async def poll(cursor: str) -> Update:
             params = {**_params(query), "cursor": cursor, "wait_s": f"{self._config.watch_wait_s:g}"}
             body = await self._get(api.WATCH, params, api.WatchBody, wait_s=self._config.watch_wait_s)
             return self._update(body, query)
 
-        async for change in follow(poll, Backoff(self._config.backoff, self._random), self.url):
-            yield change
+        return follow(poll, Backoff(self._config.backoff, self._random), self.url)
 
     async def links(self) -> list[MeasuredLink]:
         body = await self._get(api.LINKS, {}, api.LinksBody)
@@ -210,7 +209,7 @@ def _checked_url(text: str) -> httpx2.URL:
         url = httpx2.URL(text)
     except httpx2.InvalidURL as error:
         raise UsageError(f"{text[:200]!r} is no URL of a directory: {error}", hint=hint) from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 1) <= 65535:
         raise UsageError(f"{text[:200]!r} is no URL of a directory", hint=hint)
     return url
 

@@ -5,7 +5,7 @@ What the service keeps it has verified in this process, so it is not verified tw
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from random import Random
 
 from farflung.core.errors import DirectoryUnreachable
@@ -40,7 +40,7 @@ class MemoryDirectory:
     async def records(self, query: Query = EVERYTHING) -> list[NodeRecord]:
         return [entry.record for entry in self._reach().entries(query)]
 
-    async def watch(self, query: Query = EVERYTHING) -> AsyncIterator[Change]:
+    def watch(self, query: Query = EVERYTHING) -> AsyncGenerator[Change, None]:
         async def poll(cursor: str) -> Update:
             page = await self._reach().poll(query, cursor, _WAIT_S)
             self._reach()  # cut while waiting: the answer never came
@@ -49,8 +49,7 @@ class MemoryDirectory:
                 return Update(page.cursor, (Snapshot(records),))
             return Update(page.cursor, (*map(NodeGone, page.batch.gone), *map(NodeSeen, records)))
 
-        async for change in follow(poll, Backoff(self._backoff, self._random), "memory"):
-            yield change
+        return follow(poll, Backoff(self._backoff, self._random), "memory")
 
     async def report_links(self, signed: SignedLinks) -> None:
         self._reach().report_links(signed)

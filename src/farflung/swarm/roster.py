@@ -85,9 +85,10 @@ class Roster:
 
     async def _follow(self) -> None:
         try:
-            async for change in self._directory.watch(self._query):
-                self._apply(change)
-                self._tell()
+            async with contextlib.aclosing(self._directory.watch(self._query)) as changes:
+                async for change in changes:
+                    self._apply(change)
+                    self._tell()
         except FarflungError as error:
             self._error = error
             self._tell()

@@ -64,6 +64,11 @@ class DirectoryService:
         self._expire()
         return len(self._table)
 
+    @property
+    def watchers(self) -> int:
+        """How many wait for a change."""
+        return len(self._waiting)
+
     def announce(self, signed: SignedRecord) -> None:
         """Raises RecordRefused, BadSignature."""
         record = open_record(signed, self._wall_clock())
