@@ -101,8 +101,11 @@ def encode_int8_on_device(rows: torch.Tensor) -> bytes:
 def decode_int8_on_device(raw: torch.Tensor, width: int) -> torch.Tensor:
     """``wire.int8.decode`` in torch's operators: uint8 [n, row_bytes] whose heads were checked, to float32 [n, width]."""
     n = len(raw)
+    if n == 0:
+        return torch.zeros((0, width), dtype=torch.float32, device=raw.device)
     layout = int8.layout(width)
-    head = raw[:, : layout.head_bytes].contiguous().view(torch.int16).to(torch.int32)
+    # clone, since contiguous() keeps the odd stride of a single row, which cannot be viewed as words
+    head = raw[:, : layout.head_bytes].clone(memory_format=torch.contiguous_format).view(torch.int16).to(torch.int32)
     wide = (head << 16).view(torch.float32)
     codes = torch.zeros((n, layout.blocks * int8.BLOCK), dtype=torch.float32, device=raw.device)
     codes[:, :width] = raw[:, layout.head_bytes :].view(torch.int8)

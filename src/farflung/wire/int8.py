@@ -5,8 +5,9 @@ zero from there on: the row of a first token has values a thousand times the res
 of everything that shares its scale. Each block of 128 values has a bfloat16 scale; a value x becomes q = x / scale, rounded
 to nearest, ties to even.
 
-The scale is amax / 127 rounded *up* to bfloat16, so that |q| <= 127 without clamping and the error is at most half a scale.
-All of it is float32 arithmetic of single, correctly rounded operations, so every implementation gives the same bytes.
+The scale is amax / 127 rounded *up* to bfloat16, so that |q| <= 127 without clamping and the error is at most half a scale
+(a block whose amax / 127 is zero in float32, so below 1e-43, becomes zero). All of it is float32 arithmetic of single,
+correctly rounded operations, so every implementation gives the same bytes.
 
 A row of width w with b = ceil(w / 128) blocks and k = min(4, w) outliers, little endian, is
 
