@@ -13,17 +13,18 @@ import numpy as np
 import torch
 
 from farflung.core.errors import FarflungError, MalformedFrame, ProtocolViolation, SessionRefused, StageFailed
-from farflung.core.ids import SessionId, short
+from farflung.core.ids import ModelDigest, SessionId, short
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine import codec
-from farflung.engine.attention import CausalMasks, Segment, StepAttention
+from farflung.engine.attention import ATTENTION, CausalMasks, Segment, StepAttention
 from farflung.engine.backend import SessionSpec, StageResult, StageWork, StepReport
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
 from farflung.engine.kv_pool import Extents, NewRows, SessionCells
 from farflung.engine.kv_tensors import KvTensors
 from farflung.engine.linear import pack_linears
-from farflung.engine.loader import StageModule
+from farflung.engine.loader import StageModule, load_stage
 from farflung.engine.recipe import learn_recipe
+from farflung.engine.source import ModelSource, Progress
 from farflung.sampling.sampler import sample_rows
 from farflung.wire.codec import codec as codec_named
 
@@ -48,6 +49,20 @@ class BackendConfig:
     inline: bool = False
     pack: bool = True
     on_logits: LogitsHook | None = None
+
+
+def load_backend(
+    source: ModelSource,
+    layers: LayerRange,
+    dtype: torch.dtype,
+    config: BackendConfig,
+    *,
+    progress: Progress | None = None,
+    expected_digest: ModelDigest | None = None,
+) -> TorchBackend:
+    """Loads a layer range and makes it compute. Raises what ``load_stage`` raises."""
+    stage = load_stage(source, layers, dtype, attention=ATTENTION, progress=progress, expected_digest=expected_digest)
+    return TorchBackend(stage, source.spec(), config)
 
 
 @dataclass(frozen=True)
