@@ -33,7 +33,7 @@ class StageModule:
         rotary: ``base``'s modules without weights (rotary embeddings), with their buffers rebuilt.
         embed: first stage only.
         norm, head: last stage only.
-        config: the whole model's configuration; ``base.config`` is a copy cut to these layers. Attention modules hold ``config``.
+        config: the whole model's configuration, held by the attention modules; ``base.config`` is a copy cut to these layers.
         layer_range: which layers.
         dtype: of the weights.
     """
@@ -114,50 +114,54 @@ def load_stage(
     parts = anatomy(model)
     values = stage_parameters(model, parts, layers)
     _fill_buffers(model, parts, layers)
-    _fill_parameters(model, source, values, dtype, manifest, progress)
+    _Filling(model, source, dtype, manifest, progress).run(values)
     return _cut(model, parts, layers, config, dtype)
 
 
-def _fill_parameters(
-    model: Skeleton,
-    source: ModelSource,
-    values: dict[str, str],
-    dtype: torch.dtype,
-    manifest: ModelManifest | None,
-    progress: Progress | None,
-) -> None:
-    stored = source.tensors(model, set(values.values()))
-    if missing := sorted(set(values.values()) - stored.keys()):
-        raise UnsupportedModel(
-            f"{source.name} has no tensor for {len(missing)} parameters of {type(model).__name__}, the first is {missing[0]}",
-            hint="its weights are named in a way that is not read here, or it is another kind of model than its configuration says",
-        )
-    total, done = sum(tensor.nbytes for tensor in stored.values()), 0
-    loaded: dict[str, nn.Parameter | torch.Tensor] = {}
-    for name, origin in values.items():
-        if origin not in loaded:
-            if progress:
-                progress("loading", done, total)
-            loaded[origin] = _read(model, source, origin, dtype, stored[origin], manifest)
-            done += stored[origin].nbytes
+@dataclass(frozen=True)
+class _Filling:
+    """Reads parameters into a skeleton; against the manifest where there is one."""
+
+    model: Skeleton
+    source: ModelSource
+    dtype: torch.dtype
+    manifest: ModelManifest | None
+    progress: Progress | None
+
+    def run(self, values: dict[str, str]) -> None:
+        """``values`` as ``stage_parameters`` gives them. A tensor that several parameters share is read once."""
+        stored = self.source.tensors(self.model, set(values.values()))
+        if missing := sorted(set(values.values()) - stored.keys()):
+            raise UnsupportedModel(
+                f"{self.source.name} has no tensor for {len(missing)} parameters of {type(self.model).__name__}, "
+                f"the first is {missing[0]}",
+                hint="its weights are named in a way that is not read here, or it is no causal language model",
+            )
+        total, done = sum(tensor.nbytes for tensor in stored.values()), 0
+        loaded: dict[str, nn.Parameter | torch.Tensor] = {}
+        for name, origin in values.items():
+            if origin not in loaded:
+                self._tell(done, total)
+                loaded[origin] = self._read(origin, stored[origin])
+                done += stored[origin].nbytes
+            place, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(place), last, loaded[origin])
+        self._tell(total, total)
+
+    def _read(self, name: str, stored: StoredTensor) -> nn.Parameter | torch.Tensor:
         place, _, last = name.rpartition(".")
-        setattr(model.get_submodule(place), last, loaded[origin])
-    if progress:
-        progress("loading", total, total)
+        empty = getattr(self.model.get_submodule(place), last)
+        value = self.source.read(stored, self.dtype, against=self.manifest)
+        if value.shape != empty.shape:
+            raise CorruptWeights(
+                f"tensor {stored.name!r} of {self.source.name} has shape {list(value.shape)}, "
+                f"but the configuration makes it {list(empty.shape)}"
+            )
+        return nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value
 
-
-def _read(
-    model: Skeleton, source: ModelSource, name: str, dtype: torch.dtype, stored: StoredTensor, manifest: ModelManifest | None
-) -> nn.Parameter | torch.Tensor:
-    place, _, last = name.rpartition(".")
-    empty = getattr(model.get_submodule(place), last)
-    value = source.read(stored, dtype, against=manifest)
-    if value.shape != empty.shape:
-        raise CorruptWeights(
-            f"tensor {stored.name!r} of {source.name} has shape {list(value.shape)}, "
-            f"but the configuration makes it {list(empty.shape)}"
-        )
-    return nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress:
+            self.progress("loading", done, total)
 
 
 def _fill_buffers(model: Skeleton, parts: Anatomy, layers: LayerRange) -> None:

@@ -1,4 +1,4 @@
-"""What a model is made of, as one digest: a Merkle tree over configuration, tokenizer and every stored tensor (DESIGN.md, rule 12).
+"""What a model is made of, as one digest: a Merkle tree over configuration, tokenizer and stored tensors (DESIGN.md, rule 12).
 
 The tree, with BLAKE3-256 as H and every variable-length value preceded by its length in eight little-endian bytes:
 
@@ -116,8 +116,8 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
         known = self.leaf(found.kind, found.name)
         if known != found:
             raise CorruptWeights(
-                f"{found.kind} {found.name!r} differs from the manifest: {found.dtype} {list(found.shape)} hash {found.hash[:16]}, "
-                f"expected {known.dtype} {list(known.shape)} hash {known.hash[:16]}",
+                f"{found.kind} {found.name!r} is not what the manifest says: {found.dtype} {list(found.shape)} {found.hash[:16]}, "
+                f"expected {known.dtype} {list(known.shape)} {known.hash[:16]}",
                 hint="the file was changed or damaged after its manifest was made; fetch it again",
             )
 

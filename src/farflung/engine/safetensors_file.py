@@ -1,7 +1,7 @@
 """The header of a safetensors file: what is stored where, checked against the size of the file before anything is read.
 
-Format: eight bytes little-endian header length, a JSON object of ``{name: {dtype, shape, data_offsets}}``, then the data, without
-holes (https://github.com/huggingface/safetensors, "Format").
+Format: eight bytes little-endian header length, a JSON object of ``{name: {dtype, shape, data_offsets}}``, then the data
+without holes (https://github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _checked(path: Path, entries: dict[str, _Entry], start: int, size: int) -> l
         nbytes = prod(entry.shape) * DTYPE_BYTES[entry.dtype]
         if min(entry.shape, default=0) < 0 or begin != end or stop - begin != nbytes:
             raise CorruptWeights(
-                f"tensor {name!r} of {path} lies at {begin}:{stop}, but {entry.dtype} {entry.shape} after byte {end} needs {nbytes}",
+                f"tensor {name!r} of {path} lies at {begin}:{stop}, but {entry.dtype} {entry.shape} after {end} takes {nbytes}",
                 hint="the header is damaged; fetch the file again",
             )
         found.append(StoredTensor(name, entry.dtype, tuple(entry.shape), path, start + begin, nbytes))

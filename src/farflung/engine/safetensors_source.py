@@ -55,6 +55,9 @@ class Files(Protocol):
     def get(self, name: str) -> Path | None:
         """The file, fetched first where needed; None where the model has none of that name."""
 
+    def has(self, name: str) -> bool:
+        """Whether the model has such a file."""
+
     def is_here(self, name: str) -> bool:
         """Whether the file can be read without fetching."""
 
@@ -72,8 +75,11 @@ class Folder:
         path = self.folder / name
         return path if path.is_file() else None
 
-    def is_here(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         return (self.folder / name).is_file()
+
+    def is_here(self, name: str) -> bool:
+        return self.has(name)
 
 
 class SafetensorsSource(ModelSource):
@@ -145,18 +151,18 @@ class SafetensorsSource(ModelSource):
         return [self._headers(shard)[name] for name, shard in self._shard_of.items()]
 
     def files(self) -> Collection[Path]:
-        names = [*CONFIG_FILES, *TOKENIZER_FILES, *sorted(set(self._shard_of.values()))]
+        names = [*CONFIG_FILES, *TOKENIZER_FILES, *self._shards()]
         return [path for name in names if (path := self._files.get(name))]
 
     def manifest(self, *, progress: Progress | None = None) -> ModelManifest:
-        """As in ``ModelSource``; a ``farflung-manifest.json`` beside the weights is taken at its word, since a stage checks every
-        tensor it loads. Without one, a hub model needs all its shards here. Raises ModelError where they are not."""
+        """As in ``ModelSource``; a ``farflung-manifest.json`` beside the weights is taken at its word, since a stage checks
+        every tensor it loads. Without one, a hub model needs all its shards here; raises ModelError where they are not."""
         if self._manifest is None and (path := self._files.get(MANIFEST)):
             self._manifest = ModelManifest.load(path)
-        away = [shard for shard in sorted(set(self._shard_of.values())) if not self._files.is_here(shard)]
+        away = [shard for shard in self._shards() if not self._files.is_here(shard)]
         if self._manifest is None and away:
             raise ModelError(
-                f"{self.name} has no {MANIFEST}, and {len(away)} of its {len(set(self._shard_of.values()))} weight files are not here",
+                f"{self.name} has no {MANIFEST}, and {len(away)} of its {len(self._shards())} weight files are not here",
                 hint=f"fetch the whole model once with: farflung models fetch {self.name}",
             )
         return super().manifest(progress=progress)
@@ -173,18 +179,7 @@ class SafetensorsSource(ModelSource):
     def _find_shards(self) -> dict[str, str]:
         """File of every stored tensor."""
         if index := self._files.get(INDEX):
-            shard_of = _read_json(index, _Index).weight_map
-            for shard in set(shard_of.values()):
-                if PurePosixPath(shard).name != shard or "\\" in shard:
-                    raise CorruptWeights(f"{index} names a weight file outside its folder: {shard!r}")
-            if self._files.kind == "safetensors":
-                missing = [shard for shard in sorted(set(shard_of.values())) if not self._files.is_here(shard)]
-                if missing:
-                    raise CorruptWeights(
-                        f"{self.path} lacks {len(missing)} of its {len(set(shard_of.values()))} weight files: {', '.join(missing[:5])}",
-                        hint="fetch the missing files",
-                    )
-            return shard_of
+            return self._checked_index(index)
         if path := self._files.get(SINGLE):
             return {tensor.name: path.name for tensor in self._headers(SINGLE).values()}
         pickled = self._files.get("pytorch_model.bin") is not None
@@ -192,6 +187,23 @@ class SafetensorsSource(ModelSource):
             f"{self.path} holds no weights: looked for {SINGLE} and {INDEX}",
             hint="pickled weights (pytorch_model.bin) are not read: save the model as safetensors" if pickled else "",
         )
+
+    def _checked_index(self, index: Path) -> dict[str, str]:
+        shard_of = _read_json(index, _Index).weight_map
+        shards = sorted(set(shard_of.values()))
+        for shard in shards:
+            if PurePosixPath(shard).name != shard or "\\" in shard:
+                raise CorruptWeights(f"{index} names a weight file outside its folder: {shard!r}")
+        missing = [shard for shard in shards if not self._files.has(shard)]
+        if missing:
+            raise CorruptWeights(
+                f"{self.name} lacks {len(missing)} of its {len(shards)} weight files: {', '.join(missing[:5])}",
+                hint="fetch the missing files",
+            )
+        return shard_of
+
+    def _shards(self) -> list[str]:
+        return sorted(set(self._shard_of.values()))
 
     @cached_property
     def _header_cache(self) -> dict[str, dict[str, StoredTensor]]:
@@ -228,8 +240,8 @@ class SafetensorsSource(ModelSource):
             name, converted = rename_source_key(stored, renamings, converters, skeleton.base_model_prefix, expected)
             if converted is not None:
                 raise UnsupportedModel(
-                    f"{self.name}: tensor {stored!r} of family {skeleton.config.model_type!r} must be converted to become {name!r}, "
-                    "which is not done here yet"
+                    f"{self.name}: tensor {stored!r} of family {skeleton.config.model_type!r} must be converted to become "
+                    f"{name!r}, which is not done here yet"
                 )
             if name in expected:
                 found[name] = stored

@@ -71,7 +71,7 @@ def layer_count(config: Config) -> int:
 
 
 def anatomy(model: Skeleton) -> Anatomy:
-    """Finds the parts of a skeleton. Raises UnsupportedModel, with the reason, where it has others than those that can be split."""
+    """Finds the parts of a skeleton. Raises UnsupportedModel, with the reason, where it has parts that cannot be split."""
     config = model.config
     family, count = config.model_type, layer_count(config)
     names = {id(module): name for name, module in model.named_modules()}
