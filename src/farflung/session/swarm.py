@@ -109,6 +109,7 @@ class Swarm:
         self._stack.push_async_callback(self._pool.close)
         await self._stack.enter_async_context(self._roster)
         try:
+            await self._ports.directory.records(Query(model=self.spec.digest))  # a directory that is away is named at once
             await self._roster.until(lambda _: True, self._find_timeout_s)
         except FarflungError:
             await self._stack.aclose()
