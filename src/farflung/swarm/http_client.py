@@ -66,6 +66,7 @@ class HttpDirectory:
         self._random = random
         self._client = httpx2.AsyncClient(
             base_url=_checked_url(config.url),
+            headers={"accept-encoding": "identity"},  # a few compressed bytes could be a bomb; records hardly compress
             timeout=config.timeout_s,
             # A proxy named in the environment reaches no directory on this machine.
             trust_env=not _is_loopback(config.url),
@@ -163,7 +164,7 @@ class HttpDirectory:
                 self._client.stream(method, path, params=params, content=content, timeout=timeout) as response,
             ):
                 body = bytearray()
-                async for chunk in response.aiter_bytes():
+                async for chunk in response.aiter_raw():
                     body += chunk
                     if len(body) > config.max_answer_bytes:
                         raise DirectoryError(f"{self.url}{path} answers more than {config.max_answer_bytes} bytes")

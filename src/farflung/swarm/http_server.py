@@ -15,9 +15,9 @@ from types import TracebackType
 import uvicorn
 
 from farflung.core.errors import AddressInUse, Unreachable
-from farflung.swarm.addresses import split_address
 from farflung.swarm.http_app import directory_app
 from farflung.swarm.service import DirectoryService, ServiceConfig, WallClock
+from farflung.transport.address import format_address, parse_address
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DirectoryServer:
         listener = await _bind(self._config.listen)
         host, port = listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - told where to dial, not bound
-        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._url = f"http://{format_address(host, port)}"
         self._uvicorn = _Server(
             uvicorn.Config(
                 directory_app(self._service),
@@ -127,7 +127,7 @@ class _Server(uvicorn.Server):
 
 
 async def _bind(listen: str) -> socket.socket:
-    host, port = split_address(listen)
+    host, port = parse_address(listen)
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:

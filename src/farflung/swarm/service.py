@@ -55,7 +55,7 @@ class DirectoryService:
         self._instance = config.instance or f"{int(wall_clock() * 1000):x}"
         self._table = Table(config.table)
         self._links = LinkTable()
-        self._waiting: dict[asyncio.Future[None], Query] = {}
+        self._waiting: dict[Query, dict[asyncio.Future[None], None]] = {}  # by query: a stage's nodes share one
         self._closed = False
 
     @property
@@ -67,7 +67,7 @@ class DirectoryService:
     @property
     def watchers(self) -> int:
         """How many wait for a change."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     def announce(self, signed: SignedRecord) -> None:
         """Raises RecordRefused, BadSignature."""
@@ -132,26 +132,29 @@ class DirectoryService:
         for change in changes:
             if change.after is None and change.before is not None:
                 self._links.drop(change.before.node_id)
-            self._wake([future for future, query in self._waiting.items() if change.concerns(query)])
+            self._wake([query for query in self._waiting if change.concerns(query)])
 
-    def _wake(self, futures: Iterable[asyncio.Future[None]]) -> None:
-        for future in futures:
-            del self._waiting[future]
-            if not future.done():
-                future.set_result(None)
+    def _wake(self, queries: Iterable[Query]) -> None:
+        for query in queries:
+            for future in self._waiting.pop(query):
+                if not future.done():
+                    future.set_result(None)
 
     async def _change(self, query: Query, until_s: float) -> None:
         """Returns at the next change that concerns ``query``, at the latest at ``until_s``."""
-        if len(self._waiting) >= self._config.max_watchers:
-            raise DirectoryError(f"the directory has {len(self._waiting)} watchers already", hint="try again later")
+        if self.watchers >= self._config.max_watchers:
+            raise DirectoryError(f"the directory has {self.watchers} watchers already", hint="try again later")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = query
+        self._waiting.setdefault(query, {})[future] = None
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(until_s):
                     await future
         finally:
-            self._waiting.pop(future, None)
+            waiting = self._waiting.get(query, {})
+            waiting.pop(future, None)
+            if not waiting:
+                self._waiting.pop(query, None)
 
     def _revision_of(self, cursor: str) -> int | None:
         instance, _, number = cursor.partition(".")
