@@ -349,3 +349,17 @@ def test_where_every_record_is_refused_the_reason_is_told_because_the_clock_here
             await directory.aclose()
 
     play(scene)
+
+
+def test_a_proxy_named_in_the_environment_does_not_stand_before_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with served() as server:
+            directory = client(server.url)
+            assert await directory.records() == []
+            await directory.aclose()
+
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    play(scene)
