@@ -139,7 +139,7 @@ async def measure(stages: int, tokens: int, repeats: int) -> dict[str, float]:
                 one += await ring_ms(directory.url, 1, tokens)
                 many += await ring_ms(directory.url, stages, tokens)
         finally:
-            await asyncio.gather(*(child.communicate() for child in children))
+            await asyncio.gather(*(child.communicate(b"") for child in children))
     one_ms, many_ms = statistics.median(one), statistics.median(many)
     return {"ring_of_1_ms": one_ms, f"ring_of_{stages}_ms": many_ms, "added_per_hop_ms": (many_ms - one_ms) / (stages - 1)}
 
