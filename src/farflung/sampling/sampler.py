@@ -14,18 +14,20 @@ Noise costs far more than reading a logit, so ``draw`` computes it only for toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from farflung.core.errors import StageFailed
 from farflung.core.sampling import SamplingOptions
-from farflung.sampling.noise import MAX_NOISE, NoiseKey, gumbel, least_word, noise_key, noise_words
+from farflung.sampling.noise import MAX_NOISE, NoiseKey, Words, gumbel, least_word, noise_key, noise_words
 
 _HEAD = 1024  # up to here, noise for all candidates costs less than choosing among them
-_HEAD_FLOOR = -3.0  # scaled logits from here on make the head: few tokens, and one of them nearly always wins
-_NUCLEUS_FLOORS = (-5.0, -10.0, -20.0, -np.inf)  # scaled logits from here on are sorted, as far as top-p demands
+_HEAD_FLOOR = -5.0  # scaled logits from here on make the head: few tokens, and one of them nearly always wins
+_NUCLEUS_FLOOR = -5.0  # scaled logits from here on are most often all that top-p keeps, and few enough to sort
+_BINS_PER_UNIT = 4  # of the scaled logit, where top-p looks for a lower floor
+_BINS = 128
 
 
 def sample_rows(logits: NDArray[np.float32], options: SamplingOptions, positions: Sequence[int]) -> list[int]:
@@ -61,7 +63,9 @@ def _sample(row: NDArray[np.float32], options: SamplingOptions, key: NoiseKey, p
     if options.greedy:
         return int(row.argmax())
     scaled = _scale(row, options.temperature)
-    ids = np.arange(len(scaled)) if options.top_p == 1.0 else nucleus(scaled, options.top_p)
+    if options.top_p == 1.0:
+        return draw(np.arange(len(scaled)), scaled, key, position)
+    ids = nucleus(scaled, options.top_p)
     return draw(ids, scaled[ids], key, position)
 
 
@@ -87,13 +91,22 @@ def nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     weights = np.exp(scaled)
     goal = top_p * weights.sum()
     ids = np.arange(0)
-    for floor in _NUCLEUS_FLOORS:
+    for floor in _nucleus_floors(scaled, weights, goal):
         ids = np.flatnonzero(scaled >= floor)
         order = np.argsort(-scaled[ids], kind="stable")
         last = int(np.searchsorted(np.cumsum(weights[ids[order]]), goal))
         if last < len(ids):
             return np.sort(ids[order[: last + 1]])
     return ids  # rounding kept the sum of all just below the goal
+
+
+def _nucleus_floors(scaled: NDArray[np.float64], weights: NDArray[np.float64], goal: float) -> Iterator[float]:
+    """Scaled logits above which the nucleus may lie, tried in turn: a guess, what a histogram says, everything."""
+    yield _NUCLEUS_FLOOR
+    bins = np.minimum(scaled * -_BINS_PER_UNIT, _BINS).astype(np.intp)
+    reached = int(np.searchsorted(np.cumsum(np.bincount(bins, weights)), goal))
+    yield -(reached + 1) / _BINS_PER_UNIT
+    yield -np.inf
 
 
 def draw(ids: NDArray[np.intp], scaled: NDArray[np.float64], key: NoiseKey, position: int) -> int:
@@ -105,15 +118,24 @@ def draw(ids: NDArray[np.intp], scaled: NDArray[np.float64], key: NoiseKey, posi
         key: of the choice.
         position: of the token to be sampled.
     """
-    words = ids.astype(np.uint64)
     if len(ids) <= _HEAD:
-        return int(ids[np.argmax(scaled + gumbel(noise_words(key, position, words)))])
+        return _best(ids, scaled, noise_words(key, position, ids.astype(np.uint64)))[1]
     in_head = scaled >= _HEAD_FLOOR
-    head = np.flatnonzero(in_head)
-    best = (scaled[head] + gumbel(noise_words(key, position, words[head]))).max()
-    tail = np.flatnonzero(~in_head & (scaled >= best - MAX_NOISE))
+    head = ids[in_head]
+    winner = _best(head, scaled[in_head], noise_words(key, position, head.astype(np.uint64)))
+    best = -winner[0]
+    in_reach = np.flatnonzero(~in_head & (scaled >= best - MAX_NOISE))
+    tail = ids[in_reach]
     # A token of the tail needs this much noise to win. Comparing words spares two logarithms for nearly all of them.
-    found = noise_words(key, position, words[tail])
-    lucky = found >= np.uint64(least_word(best - _HEAD_FLOOR))
-    rivals = np.union1d(head, tail[lucky])
-    return int(ids[rivals[np.argmax(scaled[rivals] + gumbel(noise_words(key, position, words[rivals])))]])
+    words = noise_words(key, position, tail.astype(np.uint64))
+    lucky = np.flatnonzero(words >= np.uint64(least_word(best - _HEAD_FLOOR)))
+    if len(lucky):
+        winner = min(winner, _best(tail[lucky], scaled[in_reach[lucky]], words[lucky]))
+    return winner[1]
+
+
+def _best(ids: NDArray[np.intp], scaled: NDArray[np.float64], words: Words) -> tuple[float, int]:
+    """(-score, id) of the winner: the least such pair, so that equal scores go to the lowest id."""
+    scores = scaled + gumbel(words)
+    index = int(np.argmax(scores))
+    return -float(scores[index]), int(ids[index])
