@@ -25,6 +25,9 @@ from farflung.swarm.signed import SignedText, Statement
 
 _log = structlog.get_logger(__name__)
 
+_MAX_CURSOR = 100
+"""It goes back in a URL."""
+
 _B = TypeVar("_B", bound=msgspec.Struct)
 _S = TypeVar("_S", bound=Statement)
 
@@ -66,7 +69,7 @@ class HttpDirectory:
         self._random = random
         self._client = httpx2.AsyncClient(
             base_url=_checked_url(config.url),
-            headers={"accept-encoding": "identity"},  # a few compressed bytes could be a bomb; records hardly compress
+            headers={"accept-encoding": "identity"},  # a few compressed bytes could be a bomb
             timeout=config.timeout_s,
             # A proxy named in the environment reaches no directory on this machine.
             trust_env=not _is_loopback(config.url),
@@ -109,6 +112,8 @@ class HttpDirectory:
         await self._client.aclose()
 
     def _update(self, body: api.WatchBody, query: Query) -> Update:
+        if len(body.cursor) > _MAX_CURSOR:
+            raise DirectoryError(f"the directory at {self.url} answers nonsense: a cursor of {len(body.cursor)} characters")
         records = [record for record in self._verified(body.records, open_record)[0] if query.matches(record)]
         if body.snapshot:
             return Update(body.cursor, (Snapshot(tuple(records)),))
