@@ -1,0 +1,41 @@
+"""Options whose values are words: which there are, and what the words mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from farflung.core.errors import UsageError
+
+CODECS = ("fp32", "bf16", "int8")
+"""The coarsest last."""
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises UsageError for a precision that does not exist (yet)."""
+    if dtype in ("int8", "int4"):
+        raise UsageError(f"--dtype {dtype} is not built yet", hint="use --dtype bf16, the smallest there is now")
+    if dtype not in ("auto", "fp32", "bf16"):
+        raise UsageError(f"--dtype {dtype!r} is unknown", hint="use auto, fp32 or bf16")
+
+
+def check_codec(codec: str) -> None:
+    """Raises UsageError for a codec that does not exist."""
+    if codec not in CODECS:
+        raise UsageError(f"--codec {codec!r} is unknown", hint=f"use one of {', '.join(CODECS)}")
+
+
+def check_speculation(wanted: str) -> None:
+    """Raises UsageError for kinds of speculation that do not exist (yet)."""
+    if wanted in ("ngram", "draft"):
+        raise UsageError(f"--speculate {wanted} is not built yet", hint="use --speculate off, or leave the option out")
+    if wanted not in ("auto", "off"):
+        raise UsageError(f"--speculate {wanted!r} is unknown", hint="use auto or off")
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a checked name; ``auto`` is bf16 where this processor multiplies it natively, else fp32."""
+    import torch
+
+    if name == "auto":
+        name = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -1,0 +1,85 @@
+"""``farflung generate``: one completion, streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from farflung.cli.choices import check_codec, check_speculation
+from farflung.cli.options import (
+    Codec,
+    Debug,
+    Directory,
+    Json,
+    MaxTokens,
+    Model,
+    Seed,
+    Temperature,
+    TopP,
+    examples,
+)
+from farflung.cli.output import Output, command
+from farflung.cli.stopping import cancelled_by_sigterm
+
+if TYPE_CHECKING:
+    from farflung.session import GenerateOptions
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        'farflung generate -d http://127.0.0.1:7700 -m gemma3-270m "The capital of France is"',
+        "farflung generate -d http://127.0.0.1:7700 -m gemma3-270m --temperature 0.8 --seed 7 - < prompt.txt",
+        'farflung generate -d http://127.0.0.1:7700 -m gemma3-270m --json "Once upon a time" | jq .decode_tokens_per_s',
+    )
+)
+def generate(
+    *,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; '-' reads it from stdin.")],
+    directory: Directory,
+    model: Model,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end-of-text token.")] = False,
+    codec: Codec = "int8",
+    speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: auto or off.")] = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue PROMPT over the nodes of a swarm and stream the text.
+
+    The text goes to stdout; speed and the summary go to stderr, so the text can be piped on.
+    """
+    with command(json=json, debug=debug) as out:
+        from farflung.cli.generation import read_prompt
+        from farflung.core.sampling import SamplingOptions
+        from farflung.session import GenerateOptions
+
+        check_speculation(speculate)
+        check_codec(codec)
+        options = GenerateOptions(
+            max_tokens=max_tokens,
+            sampling=SamplingOptions(temperature=temperature, top_p=top_p, seed=seed),
+            stop=tuple(stop or ()),
+            codec=codec,
+            ignore_eos=ignore_eos,
+        )
+        asyncio.run(_generate(out, directory, model, read_prompt(prompt), options))
+
+
+async def _generate(out: Output, directory: str, model: str, prompt: str, options: GenerateOptions) -> None:
+    from farflung.cli.generation import as_json, headline, stream, summary
+    from farflung.session import Swarm
+
+    async with cancelled_by_sigterm(), Swarm.connect(directory, model) as swarm:
+        generation = swarm.generate(prompt, options)
+        await stream(out, generation, prompt if out.live else "")
+        out.json(as_json(generation))
+        out.note(summary(generation.stats))
+        out.note(headline(generation.stats))

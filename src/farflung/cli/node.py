@@ -1,0 +1,256 @@
+"""``farflung node``: serves some layers of a model until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from farflung.cli.choices import CODECS, check_codec, check_dtype, torch_dtype
+from farflung.cli.directory import directory_at
+from farflung.cli.options import Debug, Directory, ExitWithStdin, Json, Model, State, examples
+from farflung.cli.output import Output, command
+from farflung.cli.stopping import ParentWatch, first_of, stop_requests
+from farflung.core.errors import UsageError
+from farflung.core.ids import short
+from farflung.core.model import LayerRange
+
+if TYPE_CHECKING:
+    from farflung.core.model import ModelSpec
+    from farflung.engine.source import ModelSource
+    from farflung.engine.torch_backend import TorchBackend
+    from farflung.identity.keys import Identity
+
+app = typer.Typer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """What the command line says; see the command for the meaning of each."""
+
+    directory: str
+    model: str
+    layers: str
+    listen: str
+    advertise: tuple[str, ...]
+    dtype: str
+    codec: str
+    threads: int
+    kv_tokens: int
+    model_digest: str
+    state: Path | None
+    ephemeral: bool
+
+
+@app.command(
+    epilog=examples(
+        "farflung node -d http://127.0.0.1:7700 -m gemma3-270m --layers 0:6",
+        "farflung node -d http://127.0.0.1:7700 -m gemma3-270m --layers 2/3      (the second of three equal parts)",
+        "farflung node -d http://10.0.0.5:7700 -m Qwen/Qwen2.5-7B-Instruct --listen 0.0.0.0:7800 --advertise 10.0.0.7:7800",
+    )
+)
+def node(
+    *,
+    directory: Directory,
+    model: Model,
+    layers: Annotated[
+        str,
+        typer.Option("--layers", metavar="A:B|K/N|auto", help="Layers A to B-1, part K of N, or what the swarm needs most."),
+    ] = "auto",
+    listen: Annotated[
+        str,
+        typer.Option("--listen", metavar="HOST:PORT", help="Where others connect; port 0 takes a free one."),
+    ] = "127.0.0.1:0",
+    advertise: Annotated[
+        list[str] | None,
+        typer.Option("--advertise", metavar="HOST:PORT", help="Address to announce where --listen is not it; repeatable."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights: auto, fp32 or bf16.")] = "auto",
+    codec: Annotated[
+        str, typer.Option("--codec", help="Coarsest codec that drivers may choose here: fp32, bf16 or int8.")
+    ] = "int8",
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Compute threads; 0 takes one per core.")] = 0,
+    kv_tokens: Annotated[
+        int, typer.Option("--kv-tokens", min=0, help="KV cache in tokens, over all sessions; 0 fits it to free memory.")
+    ] = 0,
+    model_digest: Annotated[
+        str,
+        typer.Option("--model-digest", metavar="HEX", help="Refuse to serve any model but the one with this digest."),
+    ] = "",
+    state: State = None,
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Use a new key and forget it at the end: for trying things out.")
+    ] = False,
+    exit_with_stdin: ExitWithStdin = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve some layers of MODEL until Ctrl-C or SIGTERM.
+
+    Loads only its own layers, measures its speed, announces itself to the directory. When told to stop it takes no new
+    sessions, lets the running ones end and leaves; a second Ctrl-C ends it at once.
+    """
+    watch = ParentWatch() if exit_with_stdin else None
+    with command(json=json, debug=debug) as out:
+        check_dtype(dtype)
+        check_codec(codec)
+        options = NodeOptions(
+            directory=directory,
+            model=model,
+            layers=layers,
+            listen=listen,
+            advertise=tuple(advertise or ()),
+            dtype=dtype,
+            codec=codec,
+            threads=threads,
+            kv_tokens=kv_tokens,
+            model_digest=model_digest,
+            state=state,
+            ephemeral=ephemeral,
+        )
+        prepare_environment(threads, os.environ)
+        _run(out, options, watch)
+
+
+def prepare_environment(threads: int, environ: MutableMapping[str, str]) -> None:
+    """Sets how OpenMP waits and with how many threads, unless the user did. OpenMP reads this when torch is imported.
+
+    Passive waiting, because several nodes on few cores otherwise spin against each other (measured: 64 ms a token, not 43).
+    """
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threads:
+        environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _run(out: Output, options: NodeOptions, watch: ParentWatch | None) -> None:
+    from farflung.cli.state import claimed_identity
+    from farflung.core.ids import parse_model_digest
+    from farflung.engine.source import open_source
+    from farflung.swarm.addresses import split_address
+
+    split_address(options.listen)
+    wanted = parse_model_digest(options.model_digest) if options.model_digest else None
+    with claimed_identity(options.state, ephemeral=options.ephemeral) as identity:
+        asyncio.run(_check_port(options.listen))  # before minutes of loading, not after
+        with out.progress(f"opening {options.model}") as progress:
+            source = open_source(options.model, progress=progress)
+            spec = source.spec(progress=progress)
+        if wanted is not None:
+            source.manifest().check_digest(wanted, source.name)
+        layers = asyncio.run(_choose_layers(options, source, spec))
+        backend = _load(out, options, source, spec, layers)
+        asyncio.run(_serve(out, options, identity, backend, watch))
+
+
+async def _check_port(listen: str) -> None:
+    """Raises AddressInUse, Unreachable."""
+    from farflung.identity.keys import Identity
+    from farflung.transport.link import LinkConfig
+    from farflung.transport.tcp import TcpTransport
+
+    transport = TcpTransport(Identity.generate(), LinkConfig())
+    try:
+        listener = await transport.listen(listen, lambda link: None)
+        await listener.close()
+    finally:
+        await transport.close()
+
+
+async def _choose_layers(options: NodeOptions, source: ModelSource, spec: ModelSpec) -> LayerRange:
+    """The range to serve. Asks the directory in any case: if that cannot be reached, better to know before loading."""
+    from farflung.cli.sizes import layers_that_fit
+    from farflung.planning.placement import choose_layers
+    from farflung.swarm.records import Query
+
+    async with directory_at(options.directory) as directory:
+        records = await directory.records(Query(model=spec.digest))
+    if options.layers == "auto":
+        count = layers_that_fit(source, torch_dtype(options.dtype).itemsize)
+        return choose_layers([record.layers for record in records], spec.layers, count)
+    if "/" in options.layers:
+        return part_of(options.layers, spec.layers)
+    layers = LayerRange.parse(options.layers)
+    if layers.stop > spec.layers:
+        raise UsageError(
+            f"layers {layers} were asked for, but {spec.name} has {spec.layers}", hint=f"use at most 0:{spec.layers}"
+        )
+    return layers
+
+
+def part_of(text: str, layers: int) -> LayerRange:
+    """``"K/N"``: the K-th of N parts, as equal as whole layers allow. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= layers:
+        raise UsageError(f"{text!r} is no part of {layers} layers", hint="write K/N with 1 <= K <= N, e.g. 2/3")
+    part, parts = int(match[1]), int(match[2])
+    return LayerRange((part - 1) * layers // parts, part * layers // parts)
+
+
+def _load(out: Output, options: NodeOptions, source: ModelSource, spec: ModelSpec, layers: LayerRange) -> TorchBackend:
+    from farflung.cli.sizes import kv_tokens_that_fit
+    from farflung.engine.torch_backend import BackendConfig, load_backend
+
+    dtype = torch_dtype(options.dtype)
+    kv_tokens = options.kv_tokens or kv_tokens_that_fit(source, layers, dtype.itemsize)
+    config = BackendConfig(kv_tokens=kv_tokens, threads=options.threads or None)
+    with out.progress(f"layers {layers} of {spec.name}") as progress:
+        return load_backend(source, layers, dtype, config, progress=progress, expected_digest=spec.digest)
+
+
+async def _serve(
+    out: Output, options: NodeOptions, identity: Identity, backend: TorchBackend, watch: ParentWatch | None
+) -> None:
+    from farflung.engine.t_curve import measure_t_curve
+    from farflung.node.service import Node, NodeConfig, NodePorts
+    from farflung.node.table import TableConfig
+    from farflung.transport.link import LinkConfig
+    from farflung.transport.tcp import TcpTransport
+
+    config = NodeConfig(
+        listen=options.listen,
+        advertise=options.advertise,
+        t_curve_ms=await measure_t_curve(backend),
+        table=TableConfig(codecs=frozenset(CODECS[: CODECS.index(options.codec) + 1])),
+    )
+    with stop_requests(watch) as stop:
+        async with directory_at(options.directory) as directory:
+            node = Node(
+                config,
+                NodePorts(
+                    identity=identity,
+                    transport=TcpTransport(identity, LinkConfig()),
+                    directory=directory,
+                    backend=backend,
+                    clock=time.time,
+                    random=Random(),  # noqa: S311 - jitter, not keys
+                ),
+            )
+            await node.start()
+            out.json(
+                {
+                    "event": "ready",
+                    "node_id": node.node_id,
+                    "listen": node.listen,
+                    "layers": [backend.layers.start, backend.layers.stop],
+                    "engine": backend.engine_class,
+                    "kv_tokens": backend.kv_tokens,
+                }
+            )
+            out.print(
+                f"node {short(node.node_id)} at {node.listen} serves layers {backend.layers} of {backend.spec.name} "
+                f"({backend.engine_class}, {backend.kv_tokens} tokens of KV)"
+            )
+            try:
+                await first_of(stop.wait(), node.failed())
+                out.note("draining: running sessions may end, no new ones are taken")
+            finally:
+                await node.drain()
+                await backend.aclose()

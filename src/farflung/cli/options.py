@@ -1,0 +1,41 @@
+"""Options that several commands share, so that they read and mean the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+Directory = Annotated[
+    str, typer.Option("--directory", "-d", metavar="URL", help="Where the directory is, e.g. http://127.0.0.1:7700.")
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A hub id, a folder with safetensors, a .gguf file, or a name from 'farflung models list'.",
+    ),
+]
+State = Annotated[
+    Path | None, typer.Option("--state", metavar="DIR", help="Folder that keeps this machine's key between runs.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many new tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")]
+Codec = Annotated[
+    str, typer.Option("--codec", help="How activations travel between stages: fp32 and bf16 exactly, int8 in a quarter.")
+]
+ExitWithStdin = Annotated[
+    bool, typer.Option("--exit-with-stdin", hidden=True, help="End when stdin closes: the parent process is gone.")
+]
+
+
+def examples(*lines: str) -> str:
+    """An epilog that shows how a command is used."""
+    return "\n\n".join(["Examples:", *lines])
