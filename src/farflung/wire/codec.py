@@ -1,8 +1,8 @@
 """The codecs by which activations travel between stages, behind one registry: ``codec("int8").encode(rows)``.
 
-    fp32    4 bytes a value, exact                                   (wire.floats)
-    bf16    2 bytes a value, rounded to nearest even                 (wire.floats)
-    int8    about 1 byte a value, largest values of a row kept apart (wire.int8)
+    fp32    4 bytes a value, exact                                    (wire.floats)
+    bf16    2 bytes a value, rounded to nearest, ties to even         (wire.floats)
+    int8    about 1 byte a value, largest values of a row kept apart  (wire.int8)
 
 A coded row has a fixed number of bytes, and rows follow one another, so that a log of rows can be cut anywhere. None of them
 carries NaN or infinity, in either direction: one such value would poison whatever it meets.

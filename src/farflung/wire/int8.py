@@ -21,6 +21,7 @@ A row of width w with b = ceil(w / 128) blocks and k = min(4, w) outliers, littl
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -90,24 +91,27 @@ def row_bytes(width: int) -> int:
 
 def encode(rows: Float32) -> bytes:
     n, width = rows.shape
-    out: Bytes = np.empty((n, row_bytes(width)), np.uint8)
-    step = chunk_rows(width)
-    for start in range(0, n, step):
-        if not _encode_into(rows[start : start + step], out[start : start + step]):
+    step = min(n, chunk_rows(width))
+    out: Bytes = np.empty((step, row_bytes(width)), np.uint8)
+    room: Float32 = np.empty((2, step, layout(width).blocks * BLOCK), np.float32)
+    coded = io.BytesIO()
+    for start in range(0, n, step or 1):
+        chunk = rows[start : start + step]
+        size = len(chunk)
+        if not _encode_into(chunk, room[:, :size], out[:size]):
             refuse_values(rows, LIMIT, "int8")
-    return out.tobytes()
+        coded.write(out[:size].data)
+    return coded.getvalue()
 
 
-def _encode_into(rows: Float32, out: Bytes) -> bool:
+def _encode_into(rows: Float32, room: Float32, out: Bytes) -> bool:
     """Codes a few rows; False where one of them holds a value that int8 does not carry."""
     n, width = rows.shape
     row = layout(width)
-    if width == row.blocks * BLOCK:
-        values = rows.copy()
-    else:  # zeros fill the last block; they neither raise its amax nor win a tie, as they come last
-        values = np.zeros((n, row.blocks * BLOCK), np.float32)
-        values[:, :width] = rows
-    sizes = np.abs(values)
+    values, sizes = room
+    values[:, :width] = rows
+    values[:, width:] = 0.0  # they fill the last block; they neither raise its amax nor win a tie, as they come last
+    np.abs(values, out=sizes)
     flat_values, flat_sizes = values.reshape(-1), sizes.reshape(-1)
 
     where = _take_largest(sizes, flat_sizes, row.kept)
