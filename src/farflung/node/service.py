@@ -88,7 +88,7 @@ class Node:
             ports.transport, self._addresses_of, self._table.on_new_line, dial_timeout_s=config.dial_timeout_s
         )
         self._table.pool = self._pool
-        self._roster = Roster(ports.directory, Query(model=backend.spec.digest))
+        self._roster = Roster(ports.directory, Query(model=backend.spec.digest, beside=backend.layers))
         self._announcer = Announcer(
             AnnouncerConfig(ttl_s=config.record_ttl_s),
             ports.directory,
