@@ -102,9 +102,7 @@ def _ec_context(folder: Path, *, published: bool) -> ssl.SSLContext:
     )
     leaf = builder.sign(certificates._PUBLISHED_KEY, None) if published else builder.sign(key, SHA256())
     path = folder / "chain.pem"
-    path.write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + leaf.public_bytes(Encoding.PEM)
-    )
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + leaf.public_bytes(Encoding.PEM))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
     return context

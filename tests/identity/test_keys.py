@@ -90,7 +90,7 @@ def test_a_garbled_key_file_is_named_and_left_alone(tmp_path: Path, content: byt
     path = tmp_path / "node.key"
     path.write_bytes(content)
     path.chmod(0o600)
-    with pytest.raises(IdentityError, match="node.key") as caught:
+    with pytest.raises(IdentityError, match=r"node\.key") as caught:
         Identity.load_or_create(path)
     assert caught.value.hint
     assert path.read_bytes() == content

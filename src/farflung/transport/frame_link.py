@@ -47,7 +47,7 @@ class Wire(Protocol):
 
     @property
     def writable(self) -> bool:
-        """Little is unsent. When that becomes true again the wire calls ``FrameLink.on_writable``."""
+        """Little is unsent. Once false it stays so until the wire calls ``FrameLink.on_writable``."""
 
     def write(self, data: bytes) -> int:
         """Sends; never raises. Returns the bytes this puts on the network, encryption included."""

@@ -150,6 +150,7 @@ class MemoryWire:
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._flights: deque[_Flight] = deque()
+        self._stopped = False
         self._landing: asyncio.TimerHandle | None = None
         self._room: asyncio.TimerHandle | None = None
         self._limit: asyncio.TimerHandle | None = None
@@ -159,15 +160,10 @@ class MemoryWire:
 
     @property
     def writable(self) -> bool:
-        """Where it is not, asking sets the timer that tells the link when it is."""
-        if self._limit is not None or self._there.silent or self._ended.done():
-            return False
-        room_at = max(self._there.pipe.room_at(), self._uplink.room_at())
-        if room_at <= self._loop.time() + _EARLY_S:
-            return True
-        if self._room is None:
-            self._room = self._loop.call_at(room_at, self._on_room)
-        return False
+        """Once it was seen to be false it stays so until ``on_writable``, though room comes with time alone."""
+        if not self._stopped and not self._has_room():
+            self._stopped = True
+        return not self._stopped
 
     def write(self, data: bytes) -> int:
         size = len(data) + RECORD_BYTES
@@ -199,8 +195,7 @@ class MemoryWire:
         soonest = self._loop.time() + self._there.shape.delay_s
         self._flights = deque(_Flight(max(flight.at, soonest), flight.data) for flight in self._flights)
         self._await_landing()
-        if self.link is not None and self.writable:
-            self.link.on_writable()
+        self._resume()
 
     # ---- inside ----
 
@@ -235,9 +230,24 @@ class MemoryWire:
                 link.on_bytes([data], len(data) + RECORD_BYTES)
         self._await_landing()
 
+    def _has_room(self) -> bool:
+        """Where there is none, sets the timer that looks again when there is."""
+        if self._limit is not None or self._there.silent or self._ended.done():
+            return False
+        room_at = max(self._there.pipe.room_at(), self._uplink.room_at())
+        if room_at <= self._loop.time() + _EARLY_S:
+            return True
+        if self._room is None:
+            self._room = self._loop.call_at(room_at, self._on_room)
+        return False
+
     def _on_room(self) -> None:
         self._room = None
-        if self.link is not None and self.writable:
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._stopped and self.link is not None and self._has_room():
+            self._stopped = False
             self.link.on_writable()
 
     def _end(self) -> None:

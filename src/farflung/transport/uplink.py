@@ -149,7 +149,7 @@ class Sender(Protocol):
 
     @property
     def writable(self) -> bool:
-        """Its kernel buffer has room. The link calls ``Uplink.writable`` when that becomes true again."""
+        """Its kernel buffer has room. Once false it stays so until the link calls ``Uplink.writable``."""
 
     @property
     def fragment_bytes(self) -> int:

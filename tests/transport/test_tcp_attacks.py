@@ -1,0 +1,290 @@
+"""What strangers may send to a tcp listener, and what an honest peer may run into."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import struct
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from link_worlds import Node, Recorder, TcpWorld, numbered
+
+from farflung.core.errors import (
+    FarflungError,
+    FrameTooLarge,
+    LinkLost,
+    MalformedFrame,
+    ProtocolViolation,
+    Unreachable,
+    UsageError,
+    WireError,
+)
+from farflung.core.ids import NodeId
+from farflung.core.messages import Message, Ping
+from farflung.identity import Identity, client_context, server_context
+from farflung.transport.address import parse_address
+from farflung.transport.hello import HELLO
+from farflung.transport.link import LinkConfig, Priority
+from farflung.wire.fragment import fragments
+from farflung.wire.frame import encode_frame
+
+QUICK = LinkConfig(handshake_timeout_s=0.4, heartbeat_s=0.1, dead_after_s=0.5)
+
+
+def on_wire(message: Message, channel: int = 0) -> bytes:
+    return b"".join(b"".join(fragment) for fragment in fragments(channel, 0, encode_frame(message)))
+
+
+@asynccontextmanager
+async def raw(node: Node, *, tls: Any = None) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A socket to the node, in TLS where a context is given."""
+    host, port = parse_address(node.address)
+    reader, writer = await asyncio.open_connection(host, port, ssl=tls, server_hostname="" if tls else None)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+def attack(scenario: Callable[[TcpWorld, Node], Awaitable[None]]) -> None:
+    """Runs it against a listening node, which must serve an honest peer afterwards."""
+
+    async def whole(world: TcpWorld) -> None:
+        victim = await world.listening()
+        await scenario(world, victim)
+        honest = world.node()
+        link = await honest.transport.dial(victim.node_id, [victim.address])
+        link.start(Recorder())
+        link.send(2, numbered(1), Priority.DECODE)
+        _, heard = await victim.first_link()
+        await heard.until_frames(1)
+
+    TcpWorld().run(whole, QUICK)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(1000), random.Random(1).randbytes(4096), b"\x16\x03\x01\xff\xff"]
+)
+def test_garbage_instead_of_tls_is_refused(garbage: bytes) -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim) as (_, writer):
+            writer.write(garbage)
+            assert isinstance(await victim.refusal(), LinkLost)
+
+    attack(scenario)
+
+
+def test_a_handshake_that_stops_half_way_is_refused_in_time() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim) as (reader, writer):
+            writer.write(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+            error = await victim.refusal()
+            assert "0.4 s" in str(error)
+            with suppress(ConnectionError):
+                async with asyncio.timeout(5):
+                    assert await reader.read() is not None  # the socket is closed on us
+
+    attack(scenario)
+
+
+def test_a_peer_without_a_hello_is_refused_in_time() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())):
+            assert "no hello" in str(await victim.refusal())
+
+    attack(scenario)
+
+
+def test_a_frame_before_the_hello_breaks_the_protocol() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())) as (_, writer):
+            writer.write(on_wire(Ping(1), channel=2))
+            assert isinstance(await victim.refusal(), ProtocolViolation)
+
+    attack(scenario)
+
+
+def test_many_unfinished_connections_keep_nobody_out() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        host, port = parse_address(victim.address)
+        held = [await asyncio.open_connection(host, port) for _ in range(140)]
+        link = await world.node().transport.dial(victim.node_id, [victim.address])
+        assert link.is_up
+        assert "oldest" in str(await victim.refusal())
+        for _, writer in held:
+            writer.transport.abort()
+        victim.accepted.clear()
+
+    attack(scenario)
+
+
+AFTER_HELLO = [
+    pytest.param(struct.pack("<HBBII", 16, 0b0001, 0, 2, 2**32 - 1) + bytes(12), FrameTooLarge, id="a frame of 4 GB"),
+    pytest.param(b"\xff" * 4096, MalformedFrame, id="garbage"),
+    pytest.param(on_wire(HELLO), ProtocolViolation, id="a second hello"),
+    pytest.param(struct.pack("<HBBII", 8, 0b0011, 0, 2, 4) + b"\x01\x00\x02\x00", WireError, id="a frame that is no frame"),
+]
+
+
+@pytest.mark.parametrize(("bad", "kind"), AFTER_HELLO)
+def test_bad_bytes_after_the_hello_end_the_link_with_a_typed_error(bad: bytes, kind: type[FarflungError]) -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())) as (_, writer):
+            writer.write(on_wire(HELLO))
+            _, heard = await victim.first_link()
+            writer.write(bad)
+            assert isinstance(await heard.until_lost(), kind)
+        victim.accepted.clear()
+
+    attack(scenario)
+
+
+def test_a_peer_that_falls_silent_is_lost_with_the_seconds() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())) as (_, writer):
+            writer.write(on_wire(HELLO))
+            _, heard = await victim.first_link()
+            error = await heard.until_lost()
+            assert isinstance(error, LinkLost)
+            assert "silent for 0." in str(error)
+        victim.accepted.clear()
+
+    attack(scenario)
+
+
+def test_a_peer_that_reads_nothing_is_lost_and_not_waited_for() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())) as (_, writer):
+            writer.write(on_wire(HELLO))
+            link, heard = await victim.first_link()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            link.send(1, numbered(1, [bytes(40_000_000)]), Priority.BULK)
+            assert isinstance(await heard.until_lost(), LinkLost)
+        victim.accepted.clear()
+
+    attack(scenario)
+
+
+def test_a_server_that_is_no_node_is_unreachable_with_the_reason() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        async def chat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"220 mail.example ESMTP\r\n")
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(chat, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unreachable, match="TLS") as caught:
+            await world.node().transport.dial(NodeId("0" * 64), [f"127.0.0.1:{port}"])
+        assert caught.value.hint
+        server.close()
+        await asyncio.sleep(0.05)
+
+    TcpWorld().run(scenario, QUICK)
+
+
+def test_a_server_that_accepts_and_says_nothing_is_unreachable_in_time() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(mute, "127.0.0.1", 0)
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(Unreachable, match=address):
+            await world.node().transport.dial(NodeId("0" * 64), [address])
+        server.close()
+        await asyncio.sleep(0.05)
+
+    TcpWorld().run(scenario, QUICK)
+
+
+def test_the_dialler_refuses_a_key_that_answers_in_place_of_the_one_dialled_before_sending_anything() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        seen = asyncio.get_running_loop().create_future()
+
+        async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            seen.set_result(await reader.read())
+            writer.close()
+
+        server = await asyncio.start_server(listen, "127.0.0.1", 0, ssl=server_context(Identity.generate()))
+        with pytest.raises(FarflungError, match="answers there"):
+            await world.node().transport.dial(NodeId("0" * 64), [f"127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+        assert await seen == b""
+        server.close()
+        await asyncio.sleep(0.05)
+
+    TcpWorld().run(scenario)
+
+
+@pytest.mark.parametrize("address", ["203.0.113.1:0", "no-such-host.invalid:0"])
+def test_listening_where_this_machine_is_not_is_unreachable(address: str) -> None:
+    async def scenario(world: TcpWorld) -> None:
+        with pytest.raises(Unreachable, match=address) as caught:
+            await world.node().transport.listen(address, lambda link: None)
+        assert "0.0.0.0" in caught.value.hint
+
+    TcpWorld().run(scenario)
+
+
+def test_links_go_over_ipv6_where_there_is_any() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        there = world.node()
+        try:
+            there.listener = await there.transport.listen("[::1]:0", there.on_link)
+        except (Unreachable, UsageError):
+            pytest.skip("no IPv6 on this machine")
+        assert there.address.startswith("[::1]:")
+        assert (await world.node().transport.dial(there.node_id, [there.address])).is_up
+
+    TcpWorld().run(scenario)
+
+
+CHILD = """
+import asyncio, sys
+from farflung.identity import Identity
+from farflung.transport.tcp import TcpTransport
+
+class Quiet:
+    def on_frame(self, link, channel, frame): pass
+    def on_lost(self, link, error): pass
+
+async def main():
+    transport = TcpTransport(Identity.generate())
+    listener = await transport.listen("127.0.0.1:0", lambda link: link.start(Quiet()))
+    print(transport.node_id, listener.address, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("deadly", ["SIGKILL", "SIGSTOP"])
+def test_a_process_that_is_killed_or_stopped_is_lost_within_the_time_that_is_set(deadly: str) -> None:
+    async def scenario(world: TcpWorld) -> None:
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, stdout=asyncio.subprocess.PIPE)
+        try:
+            assert child.stdout is not None
+            node_id, address = (await child.stdout.readline()).decode().split()
+            link = await world.node().transport.dial(NodeId(node_id), [address])
+            heard = Recorder()
+            link.start(heard)
+            child.send_signal(getattr(signal, deadly))
+            async with asyncio.timeout(3):
+                error = await heard.until_lost()
+            assert isinstance(error, LinkLost)
+            assert node_id[:8] in str(error)
+        finally:
+            child.kill()
+            await child.communicate()
+
+    TcpWorld().run(scenario, LinkConfig(heartbeat_s=0.2, dead_after_s=1.0))
