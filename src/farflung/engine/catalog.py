@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from farflung.core.errors import CorruptWeights, NotAModel
+from farflung.core.errors import CorruptWeights, ModelError, NotAModel
 from farflung.core.units import Bytes
 from farflung.engine.manifest_cache import default_cache
+
+Progress = Callable[[str, int, int], None]
 
 CHUNK_BYTES = 4 * 1024**2
 
@@ -49,7 +51,8 @@ class Entry:
 
     @property
     def install_hint(self) -> str:
-        return "pip install " + " ".join(f"'{requirement}'" for requirement in self.requirements)
+        command = "pip install " + " ".join(f"'{requirement}'" for requirement in self.requirements)
+        return command if self.install else f"farflung models fetch {self.name}, which runs: {command}"
 
 
 def _numbered(stem: str, count: int) -> tuple[str, ...]:
@@ -97,9 +100,12 @@ def model_path(entry: Entry, cache: Path | None = None) -> Path:
 
 
 def is_assembled(entry: Entry, cache: Path | None = None) -> bool:
-    """Whether the joined file is there, by its size."""
+    """Whether the joined file is there and has not changed since its checksum was found right."""
     path = model_path(entry, cache)
-    return path.is_file() and path.stat().st_size == entry.nbytes
+    try:
+        return path.stat().st_size == entry.nbytes and _stamp(path).read_text() == _state(entry, path)
+    except OSError:
+        return False
 
 
 def missing_packages(entry: Entry) -> list[str]:
@@ -107,7 +113,7 @@ def missing_packages(entry: Entry) -> list[str]:
     return [package for package in entry.packages if _version(package) != entry.version]
 
 
-def assemble(entry: Entry, *, progress: Callable[[str, int, int], None] | None = None, cache: Path | None = None) -> Path:
+def assemble(entry: Entry, *, progress: Progress | None = None, cache: Path | None = None) -> Path:
     """The joined file in the cache; made from the installed pieces where it is not there yet.
 
     Written under a name of its own, checked, then renamed: a reader never sees half a file, and several processes that join at
@@ -118,11 +124,23 @@ def assemble(entry: Entry, *, progress: Callable[[str, int, int], None] | None =
         cache: folder that holds ``models/``; None for the user's cache directory.
 
     Raises NotAModel, with the command that installs them, where pieces are absent; CorruptWeights where the joined bytes have
-    another checksum.
+    another checksum; ModelError where the cache cannot be written.
     """
     path = model_path(entry, cache)
     if is_assembled(entry, cache):
         return path
+    try:
+        _join(entry, path, progress)
+        _stamp(path).write_text(_state(entry, path))
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be written: {error.strerror}",
+            hint=f"it needs {Bytes(entry.nbytes)} in the user's cache directory (on Linux XDG_CACHE_HOME moves it)",
+        ) from error
+    return path
+
+
+def _join(entry: Entry, path: Path, progress: Progress | None) -> None:
     pieces = list(_pieces(entry))
     total = sum(piece.stat().st_size for piece in pieces)
     if total != entry.nbytes:
@@ -150,15 +168,23 @@ def assemble(entry: Entry, *, progress: Callable[[str, int, int], None] | None =
             Path(aside.name).replace(path)
         finally:
             Path(aside.name).unlink(missing_ok=True)
-    return path
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_suffix(".checked")
+
+
+def _state(entry: Entry, path: Path) -> str:
+    """What the stamp beside a checked file says; it fits no other state of the file."""
+    return f"{entry.sha256} {path.stat().st_mtime_ns}"
 
 
 def _pieces(entry: Entry) -> Iterator[Path]:
     """Paths of the pieces, in order. Raises NotAModel where a package or its piece is absent."""
     if missing := missing_packages(entry):
         raise NotAModel(
-            f"model {entry.name} ({Bytes(entry.nbytes)}) is not installed: {len(missing)} of its {len(entry.packages)} packages "
-            f"are missing or of another version, the first is {missing[0]}=={entry.version}",
+            f"model {entry.name} ({Bytes(entry.nbytes)}) is not installed: {len(missing)} of its {len(entry.packages)} "
+            f"packages are missing or of another version, the first is {missing[0]}=={entry.version}",
             hint=entry.install_hint,
         )
     for package in entry.packages:

@@ -13,7 +13,7 @@ import torch
 from farflung.core.errors import UnsupportedModel
 
 VALUES_PER_PIECE = 1 << 17
-"""512 KB of float32. Measured a value: 2**13 8 ns, 2**17 3 ns, 2**19 3 ns but 11 for Q5_0, whose temporaries leave the cache."""
+"""512 KB of float32. Measured a value: 2**13 8 ns, 2**17 and 2**19 3 ns, but 2**19 11 ns in Q5_0, which leaves the cache."""
 
 VALUES_PER_CAST = 1 << 14
 """Below torch's grain of 32,768 values: waking its threads for every piece costs seconds where the cores are busy."""

@@ -20,7 +20,7 @@ from farflung.core.errors import CorruptWeights, UnsupportedModel
 from farflung.engine.dequant import dequantise
 from farflung.engine.gguf_file import Field, read_header
 from farflung.engine.manifest import CONFIG, TOKENIZER, Leaf
-from farflung.engine.skeleton import Config, Skeleton
+from farflung.engine.skeleton import Config, Skeleton, understood
 from farflung.engine.source import ModelSource, StoredTensor
 
 MAX_CONFIG_ENTRIES = 4096
@@ -48,13 +48,8 @@ class GgufSource(ModelSource):
 
         with TemporaryDirectory(prefix="farflung-") as folder:
             Path(folder, "front.gguf").write_bytes(self._front())
-            try:
-                config = AutoConfig.from_pretrained(folder, gguf_file="front.gguf")
-            except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-                raise UnsupportedModel(
-                    f"{self.name}: transformers does not read GGUF files of architecture {self._architecture!r}: {error}"
-                ) from error
-        return config
+            with understood(f"{self.name} ({self._architecture})"):
+                return AutoConfig.from_pretrained(folder, gguf_file="front.gguf")
 
     def tokenizer_arguments(self) -> tuple[str, dict[str, Any]]:
         return str(self.path.parent), {"gguf_file": self.path.name, "local_files_only": True}
@@ -66,10 +61,8 @@ class GgufSource(ModelSource):
     def tensors(self, skeleton: Skeleton, wanted: Collection[str] | None = None) -> Mapping[str, StoredTensor]:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-        try:
+        with understood(self.name):
             parameter_of = get_gguf_hf_weights_map(_Names(skeleton, skeleton.base_model_prefix), self._processor)
-        except NotImplementedError as error:
-            raise UnsupportedModel(f"{self.name}: {error}") from error
         found: dict[str, StoredTensor] = {}
         for stored in self._stored.values():
             name = parameter_of.get(stored.name)

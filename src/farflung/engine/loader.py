@@ -7,6 +7,7 @@ A stage reads and holds its own share: its layers, the embedding where it is the
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,14 +131,15 @@ class _Filling:
 
     def run(self, values: dict[str, str]) -> None:
         """``values`` as ``stage_parameters`` gives them. A tensor that several parameters share is read once."""
-        stored = self.source.tensors(self.model, set(values.values()))
+        stored = self.source.tensors(self.model, {*values, *values.values()})
+        values = {name: self._origin(name, origin, stored) for name, origin in values.items()}
         if missing := sorted(set(values.values()) - stored.keys()):
             raise UnsupportedModel(
                 f"{self.source.name} has no tensor for {len(missing)} parameters of {type(self.model).__name__}, "
                 f"the first is {missing[0]}",
                 hint="its weights are named in a way that is not read here, or it is no causal language model",
             )
-        total, done = sum(tensor.nbytes for tensor in stored.values()), 0
+        total, done = sum(stored[origin].nbytes for origin in set(values.values())), 0
         loaded: dict[str, nn.Parameter | torch.Tensor] = {}
         for name, origin in values.items():
             if origin not in loaded:
@@ -148,10 +150,17 @@ class _Filling:
             setattr(self.model.get_submodule(place), last, loaded[origin])
         self._tell(total, total)
 
+    def _origin(self, name: str, origin: str, stored: Mapping[str, StoredTensor]) -> str:
+        """As transformers does: a parameter that the configuration ties but the file holds with other values is not tied."""
+        if name == origin or name not in stored or origin not in stored:
+            return origin
+        return origin if stored[name].leaf().hash == stored[origin].leaf().hash else name
+
     def _read(self, name: str, stored: StoredTensor) -> nn.Parameter | torch.Tensor:
         place, _, last = name.rpartition(".")
         empty = getattr(self.model.get_submodule(place), last)
-        value = self.source.read(stored, self.dtype, against=self.manifest)
+        kept = any(part in self.model._keep_in_fp32_modules_strict for part in name.split("."))
+        value = self.source.read(stored, torch.float32 if kept else self.dtype, against=self.manifest)
         if value.shape != empty.shape:
             raise CorruptWeights(
                 f"tensor {stored.name!r} of {self.source.name} has shape {list(value.shape)}, "

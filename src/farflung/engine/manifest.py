@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import msgspec
 from blake3 import blake3
@@ -116,8 +117,8 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
         known = self.leaf(found.kind, found.name)
         if known != found:
             raise CorruptWeights(
-                f"{found.kind} {found.name!r} is not what the manifest says: {found.dtype} {list(found.shape)} {found.hash[:16]}, "
-                f"expected {known.dtype} {list(known.shape)} {known.hash[:16]}",
+                f"{found.kind} {found.name!r} is not what the manifest says: {found.dtype} {list(found.shape)} "
+                f"{found.hash[:16]}, expected {known.dtype} {list(known.shape)} {known.hash[:16]}",
                 hint="the file was changed or damaged after its manifest was made; fetch it again",
             )
 
@@ -143,9 +144,13 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
 
     def save(self, path: Path) -> None:
         """Writes JSON aside and renames it, so that a reader sees all or nothing."""
-        aside = path.with_name(f"{path.name}.{id(self):x}.part")
-        aside.write_bytes(msgspec.json.encode(self))
-        aside.replace(path)
+        with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".part", delete=False) as aside:
+            try:
+                aside.write(msgspec.json.encode(self))
+                aside.close()
+                Path(aside.name).replace(path)
+            finally:
+                Path(aside.name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> ModelManifest:

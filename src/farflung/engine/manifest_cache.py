@@ -7,6 +7,7 @@ behind its size and time is found out.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -31,13 +32,14 @@ def cached_manifest(files: Collection[Path], cache: Path, make: Callable[[], Mod
     except ModelError:
         place.unlink(missing_ok=True)
     manifest = make()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    manifest.save(place)
+    with suppress(OSError):  # a cache that cannot be written costs time, not correctness
+        place.parent.mkdir(parents=True, exist_ok=True)
+        manifest.save(place)
     return manifest
 
 
 def _key(files: Collection[Path]) -> str:
-    hasher = blake3()
+    hasher = blake3(b"manifest 1")  # counts up when the rules for leaves change
     for path in sorted(file.resolve() for file in files):
         status = path.stat()
         hasher.update(repr((str(path), status.st_size, status.st_mtime_ns)).encode())

@@ -18,7 +18,7 @@ from blake3 import blake3
 from farflung.core.errors import CorruptWeights, ModelError, NotAModel, UnsupportedModel
 from farflung.engine.manifest import CONFIG, TOKENIZER, Leaf, ModelManifest
 from farflung.engine.safetensors_file import read_header
-from farflung.engine.skeleton import Config, Skeleton
+from farflung.engine.skeleton import Config, Skeleton, understood
 from farflung.engine.source import ModelSource, Progress, SourceKind, StoredTensor
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -108,10 +108,8 @@ class SafetensorsSource(ModelSource):
     def config(self) -> Config:
         from transformers import AutoConfig
 
-        try:
-            return AutoConfig.from_pretrained(str(self._need("config.json").parent), local_files_only=True)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UnsupportedModel(f"{self.name}: transformers makes nothing of its configuration: {error}") from error
+        with understood(self.name):
+            return AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
 
     def tokenizer_arguments(self) -> tuple[str, dict[str, Any]]:
         for name in TOKENIZER_FILES:
@@ -213,7 +211,9 @@ class SafetensorsSource(ModelSource):
         if shard not in self._header_cache:
             path = self._files.get(shard)
             if path is None:
-                raise CorruptWeights(f"{self.name} lacks the weight file {shard}")
+                raise ModelError(
+                    f"{self.name}: the weight file {shard} is not in {self.path}", hint="fetch it; the hub could not be reached"
+                )
             found = {tensor.name: tensor for tensor in read_header(path)}
             if hasattr(self, "_shard_of"):
                 lost = [name for name, place in self._shard_of.items() if place == shard and name not in found]

@@ -6,6 +6,8 @@ follows them, and whatever else of the text model has weights makes the family o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,21 @@ Config = Any
 
 Skeleton = Any
 """A ``transformers`` causal language model on the meta device."""
+
+MAX_LAYERS = 4096
+"""Building a layer costs time even without memory; a forged configuration must not cost hours."""
+
+
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Around calls that hand a stranger's configuration to transformers, which fails on a bad one in many ways: raises
+    UnsupportedModel instead, with its reason."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        raise UnsupportedModel(f"transformers cannot make {what} of this configuration: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -60,14 +77,17 @@ def build_skeleton(config: Config, attention: str = "sdpa") -> Skeleton:
             f"this {config.model_type} checkpoint is quantised in a way that is not read here",
             hint="use the original weights or a GGUF file of them",
         )
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return model.eval()
+    layer_count(config)
+    with understood(f"a {config.model_type}"), torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
 
 
 def layer_count(config: Config) -> int:
-    """Number of decoder layers. Raises UnsupportedModel where the configuration has none."""
-    return _number(config, "num_hidden_layers")
+    """Number of decoder layers. Raises UnsupportedModel where the configuration has none, or absurdly many."""
+    count = _number(config, "num_hidden_layers")
+    if count > MAX_LAYERS:
+        raise UnsupportedModel(f"the configuration asks for {count} layers; more than {MAX_LAYERS} are not built")
+    return count
 
 
 def anatomy(model: Skeleton) -> Anatomy:
