@@ -89,6 +89,13 @@ def test_a_base_model_refuses_to_chat_and_says_what_to_do(tmp_path: Path) -> Non
     assert "use generate" in caught.value.hint
 
 
+def test_half_a_surrogate_pair_is_refused_by_its_place(small: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="character 2"):
+        small.encode("ab\ud83d")
+    with pytest.raises(UsageError, match="surrogate"):
+        small.encode_chat([{"role": "user", "content": "\ud83d"}])
+
+
 def test_a_template_refuses_messages_by_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tools"):
         cached(folder_of(tmp_path)).encode_chat([{"role": "tool", "content": "x"}])

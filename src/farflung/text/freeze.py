@@ -1,8 +1,8 @@
 """A tokenizer as ``transformers`` builds it, frozen into one value that loads without ``transformers``.
 
-Building one is slow: the import alone takes seconds (it brings torch), and reading a vocabulary out of a GGUF file ten more.
-What comes out is a ``tokenizers`` pipeline and a few facts; these are kept in the user's cache (``cached_tokenizer``), so that
-every later start takes a fraction of a second and gives the same ids, because it *is* the same pipeline.
+Building one is slow: the import alone takes seconds (it brings torch), and a GGUF file up to twenty more. What comes out is a
+``tokenizers`` pipeline and a few facts. These are kept in the user's cache (``cached_tokenizer``), so that every later start
+takes a fraction of a second and gives the same ids, because it *is* the same pipeline.
 """
 
 from __future__ import annotations

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 class Tokenizer:
     """The tokenizer of one model.
 
-    The first time takes as long as ``transformers`` needs (20 s for a GGUF file); later starts read the cache (under a second).
+    The first time takes as long as ``transformers`` needs; later starts read the cache (under a second).
 
     Args:
         path, kwargs: as for ``AutoTokenizer.from_pretrained(path, **kwargs)``: a folder; a folder and ``gguf_file``; a hub id.
+            With a GGUF file give its ``tokenizer_type`` too, where it is known: transformers finds it ten times slower than it
+            reads the vocabulary.
         cache: folder of frozen tokenizers; by default in the user's cache directory.
         clock: seconds since 1970, for chat templates that write today's date.
 
@@ -45,15 +47,28 @@ class Tokenizer:
         self._clock = clock
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the beginning-of-text token where the model wants it. Names of special tokens become these tokens."""
-        return list(self._pipeline.encode(text).ids)
+        """Token ids, with the beginning-of-text token where the model wants it. Names of special tokens become these tokens.
+
+        Raises UsageError where the text is none (half a surrogate pair, as broken JSON escapes give).
+        """
+        return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins, by the model's chat template.
 
         Raises UsageError where the model has none or where it refuses the messages.
         """
-        return list(self._pipeline.encode(self._template.render(messages), add_special_tokens=False).ids)
+        return self._ids(self._template.render(messages), add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text has half a surrogate pair at character {error.start}: {text[error.start]!r}",
+                hint="send UTF-8; an emoji in JSON needs both of its escapes",
+            ) from error
+        return list(self._pipeline.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
