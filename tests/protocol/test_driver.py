@@ -101,6 +101,8 @@ def test_a_failure_ends_it_with_its_error() -> None:
         Answer((), (), 0),
         Answer((SlotSpan(4, 1),), (1, 2), 0),
         Answer((SlotSpan(0, 2**30),), (1,), 0),
+        Answer((SlotSpan(4, 1),), (100,), 5),
+        Answer((SlotSpan(4, 1),), (-1,), 5),
     ],
 )
 def test_an_answer_nobody_asked_for_is_a_violation(bad: Answer) -> None:
@@ -121,10 +123,10 @@ def test_a_prompt_beyond_the_first_stages_credit_waits_for_more() -> None:
 
 def test_a_prompt_that_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(PromptTooLong, match="30 prompt tokens and 3 more do not fit the 32"):
-        plan_generation(GenerationPlan(prompt=(1,) * 30, max_tokens=3), SPEC)
+        plan_generation(GenerationPlan(prompt=(1,) * 30, max_tokens=3, vocab_size=100), SPEC)
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [((), 1), ((1,), 0), ((100,), 1), ((-1,), 1)])
 def test_a_generation_that_cannot_be_right_is_refused(prompt: tuple[int, ...], max_tokens: int) -> None:
     with pytest.raises(UsageError):
-        plan_generation(GenerationPlan(prompt=prompt, max_tokens=max_tokens), SPEC)
+        plan_generation(GenerationPlan(prompt=prompt, max_tokens=max_tokens, vocab_size=100), SPEC)

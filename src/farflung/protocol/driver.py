@@ -27,12 +27,14 @@ class GenerationPlan:
     Attributes:
         prompt: token ids, at least one.
         max_tokens: the most tokens to generate.
+        vocab_size: token ids lie below it; a tail that answers with another is at fault.
         end_tokens: ids that end the text (they are not part of it).
         chunk_tokens: prompt tokens per window.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int
+    vocab_size: int
     end_tokens: frozenset[int] = frozenset()
     chunk_tokens: int = 128
 
@@ -48,9 +50,9 @@ def plan_generation(plan: GenerationPlan, spec: ModelSpec) -> GenerationPlan:
         raise UsageError("the prompt is empty", hint="give at least one token")
     if plan.max_tokens < 1:
         raise UsageError(f"max_tokens is {plan.max_tokens}", hint="ask for at least one token")
-    bad = next((token for token in plan.prompt if not 0 <= token < spec.vocab_size), None)
+    bad = next((token for token in plan.prompt if not 0 <= token < plan.vocab_size), None)
     if bad is not None:
-        raise UsageError(f"token id {bad} is outside the vocabulary of {spec.vocab_size}")
+        raise UsageError(f"token id {bad} is outside the vocabulary of {plan.vocab_size}")
     if plan.lease_tokens > spec.context_tokens:
         raise PromptTooLong(
             f"{len(plan.prompt)} prompt tokens and {plan.max_tokens} more do not fit the {spec.context_tokens} of {spec.name}",
@@ -184,6 +186,8 @@ def _accept(state: DriverState, answer: Answer) -> tuple[DriverState, tuple[Driv
             f"the tail answered slots {slots[:8]} with {len(answer.tokens)} tokens; wanted: slot {state.waiting}"
         )
     token = answer.tokens[0]
+    if not 0 <= token < state.plan.vocab_size:
+        raise ProtocolViolation(f"the tail answered with token id {token}, outside the vocabulary of {state.plan.vocab_size}")
     if token in state.plan.end_tokens:
         return replace(state, finished="stop"), (Finish("stop"),)
     state = replace(state, generated=state.generated + 1)

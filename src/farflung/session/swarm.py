@@ -138,7 +138,11 @@ class Swarm:
             if self._tokenizer is not None:
                 end_tokens |= frozenset(self._tokenizer.eos_token_ids)
         plan = GenerationPlan(
-            prompt=tuple(ids), max_tokens=options.max_tokens, end_tokens=end_tokens, chunk_tokens=options.chunk_tokens
+            prompt=tuple(ids),
+            max_tokens=options.max_tokens,
+            vocab_size=self.spec.vocab_size,
+            end_tokens=end_tokens,
+            chunk_tokens=options.chunk_tokens,
         )
         return Generation(
             GenerationSetup(
@@ -146,7 +150,7 @@ class Swarm:
                 pool=self._pool,
                 opening=self._opening(plan_generation(plan, self.spec), options),
                 plan=plan,
-                detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer),
+                detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer, plan.prompt),
                 stop=StopStrings(options.stop) if options.stop else None,
                 answer_timeout_s=options.answer_timeout_s,
             )
