@@ -30,7 +30,13 @@ EOS = 9
 
 
 def begun(prompt: int = 5, max_tokens: int = 3, chunk: int = 2) -> tuple[DriverState, list[SendWindow]]:
-    plan = GenerationPlan(prompt=tuple(range(prompt)), max_tokens=max_tokens, end_tokens=frozenset({EOS}), chunk_tokens=chunk)
+    plan = GenerationPlan(
+        prompt=tuple(i % 90 for i in range(prompt)),
+        max_tokens=max_tokens,
+        vocab_size=100,
+        end_tokens=frozenset({EOS}),
+        chunk_tokens=chunk,
+    )
     state, effects = advance(DriverState(plan=plan), Begin())
     return state, [effect for effect in effects if isinstance(effect, SendWindow)]
 
