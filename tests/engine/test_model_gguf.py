@@ -169,13 +169,10 @@ def test_a_file_that_is_no_gguf_is_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["gemma3-270m", "qwen2.5-coder-0.5b"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [("gemma3-270m", torch.float32), ("qwen2.5-coder-0.5b", torch.bfloat16)], ids=str)
 def test_real_weights_are_bit_for_bit_what_transformers_loads(name: str, dtype: torch.dtype) -> None:
     if missing := missing_packages(CATALOG[name]):
         pytest.skip(f"the weights of {name} are not installed: {missing[0]}")
-    if name != "gemma3-270m" and dtype == torch.float32:
-        pytest.skip("one dtype of the larger model is enough")
     source = open_source(name)
     assert isinstance(source, GgufSource)
     assert_equal_to_transformers(source, dtype)

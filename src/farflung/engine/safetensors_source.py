@@ -35,7 +35,6 @@ _TORCH = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
-
 T = TypeVar("T")
 
 
@@ -136,8 +135,10 @@ class SafetensorsSource(ModelSource):
         if kind is None:
             raise UnsupportedModel(f"tensor {tensor.name!r} has element type {tensor.dtype}, which is not computed with here")
         value = torch.frombuffer(source_bytes, dtype=kind) if source_bytes else torch.empty(0, dtype=kind)
-        value = value.reshape(tensor.shape)
-        return value.to(dtype) if dtype is not None and kind.is_floating_point else value
+        wanted = dtype if dtype is not None and kind.is_floating_point else kind
+        return value.reshape(tensor.shape).to(
+            wanted, copy=True
+        )  # into memory aligned for vector loads, as source bytes are not
 
     def texts(self) -> Iterable[Leaf]:
         for kind, names in ((CONFIG, CONFIG_FILES), (TOKENIZER, TOKENIZER_FILES)):
@@ -180,10 +181,11 @@ class SafetensorsSource(ModelSource):
             return self._checked_index(index)
         if path := self._files.get(SINGLE):
             return {tensor.name: path.name for tensor in self._headers(SINGLE).values()}
-        pickled = self._files.get("pytorch_model.bin") is not None
         raise NotAModel(
             f"{self.path} holds no weights: looked for {SINGLE} and {INDEX}",
-            hint="pickled weights (pytorch_model.bin) are not read: save the model as safetensors" if pickled else "",
+            hint="pickled weights (pytorch_model.bin) are not read: save the model as safetensors"
+            if self._files.has("pytorch_model.bin")
+            else "complete the folder, or give a .gguf file",
         )
 
     def _checked_index(self, index: Path) -> dict[str, str]:
