@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from farflung.core.units import Bytes
-
 
 @dataclass(frozen=True)
 class KvShape:
@@ -29,7 +27,3 @@ class KvTensors:
         for layer, shape in shapes.items():
             self.keys[layer] = torch.zeros((shape.heads, tokens, shape.key_width), dtype=dtype)
             self.values[layer] = torch.zeros((shape.heads, tokens, shape.value_width), dtype=dtype)
-
-    @property
-    def nbytes(self) -> Bytes:
-        return Bytes(sum(part.nbytes for side in (self.keys, self.values) for part in side.values()))

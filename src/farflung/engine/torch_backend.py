@@ -125,11 +125,6 @@ class TorchBackend:
     def kv_free_tokens(self) -> int:
         return self._extents.free_tokens
 
-    @property
-    def nbytes_kv(self) -> int:
-        """Memory of the KV pool."""
-        return self._kv.nbytes
-
     def open(self, spec: SessionSpec) -> None:
         if spec.session in self._sessions:
             raise SessionRefused(f"session {short(spec.session)} is open already")
