@@ -140,7 +140,7 @@ class _World:
         finally:
             gc.collect()
             logging.getLogger("asyncio").removeHandler(watch)
-        assert logged == []
+        assert not logged, logged
 
     def run_coroutine(self, coroutine: Any) -> None:
         asyncio.run(coroutine)
@@ -152,7 +152,7 @@ class _World:
         finally:
             await asyncio.gather(*(node.transport.close() for node in self._nodes))
         await asyncio.sleep(0)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert asyncio.all_tasks() == {asyncio.current_task()}, asyncio.all_tasks()
 
     def prepare(self) -> None: ...
 

@@ -59,7 +59,17 @@ def test_the_best_of_the_recent_bursts_counts() -> None:
 
 @pytest.mark.parametrize(
     ("bytes_per_s", "fragment"),
-    [(None, 16384), (0.0, 16384), (1e9, 16384), (8.2e6, 16384), (8.0e6, 8192), (1.25e6, 2048), (1e4, 1024), (1.0, 1024)],
+    [
+        (None, 16384),
+        (0.0, 16384),
+        (1e9, 16384),
+        (float("inf"), 16384),
+        (8.2e6, 16384),
+        (8.0e6, 8192),
+        (1.25e6, 2048),
+        (1e4, 1024),
+        (1.0, 1024),
+    ],
 )
 def test_a_fragment_takes_two_milliseconds_within_limits(bytes_per_s: float | None, fragment: int) -> None:
     assert fragment_bytes_for(bytes_per_s) == fragment

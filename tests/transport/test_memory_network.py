@@ -147,6 +147,20 @@ def test_what_is_sent_into_a_short_silence_arrives_after_it() -> None:
     VirtualWorld().run(scenario)
 
 
+def test_closing_a_link_waits_a_second_for_a_peer_that_is_gone_and_no_longer() -> None:
+    async def scenario(world: VirtualWorld) -> None:
+        loop = asyncio.get_running_loop()
+        link, heard, back, _ = await linked(world)
+        world.network.silence(link.peer, back.peer)
+        link.send(2, numbered(1, [bytes(1_000_000)]), Priority.BULK)
+        start = loop.time()
+        await link.close()
+        assert loop.time() - start == pytest.approx(1.0)
+        await heard.until_lost()
+
+    VirtualWorld().run(scenario)
+
+
 def test_a_dial_into_a_silence_times_out_or_waits_for_its_end() -> None:
     async def scenario() -> None:
         network = MemoryNetwork(random.Random(1), config=LinkConfig(handshake_timeout_s=3.0))

@@ -26,7 +26,7 @@ from farflung.core.errors import (
     WireError,
 )
 from farflung.core.ids import NodeId
-from farflung.core.messages import Message, Ping
+from farflung.core.messages import Message, Ping, Pong
 from farflung.identity import Identity, client_context, server_context
 from farflung.transport.address import parse_address
 from farflung.transport.hello import HELLO
@@ -142,6 +142,23 @@ def test_bad_bytes_after_the_hello_end_the_link_with_a_typed_error(bad: bytes, k
             _, heard = await victim.first_link()
             writer.write(bad)
             assert isinstance(await heard.until_lost(), kind)
+        victim.accepted.clear()
+
+    attack(scenario)
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan"), -1.0, 1e-300])
+def test_a_rate_that_cannot_be_measures_nothing_and_harms_nothing(rate: float) -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())) as (reader, writer):
+            writer.write(on_wire(HELLO) + on_wire(Pong(0, rate)))
+            link, heard = await victim.first_link()
+            link.send(1, numbered(1, [bytes(100_000)]), Priority.DECODE)
+            received = 0
+            while received < 100_000:
+                received += len(await reader.read(65536))
+            assert heard.lost == []
+            assert link.stats.delivery_bytes_per_s in (None, 1e-300)
         victim.accepted.clear()
 
     attack(scenario)
@@ -278,13 +295,14 @@ def test_a_process_that_is_killed_or_stopped_is_lost_within_the_time_that_is_set
             link = await world.node().transport.dial(NodeId(node_id), [address])
             heard = Recorder()
             link.start(heard)
-            child.send_signal(getattr(signal, deadly))
+            os.kill(child.pid, getattr(signal, deadly))
             async with asyncio.timeout(3):
                 error = await heard.until_lost()
             assert isinstance(error, LinkLost)
             assert node_id[:8] in str(error)
         finally:
-            child.kill()
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)  # not child.kill(): it may reap the child before asyncio's watcher does
             await child.communicate()
 
     TcpWorld().run(scenario, LinkConfig(heartbeat_s=0.2, dead_after_s=1.0))

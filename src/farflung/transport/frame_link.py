@@ -10,9 +10,9 @@ The stream below (``Wire``) is TLS over tcp, or a path of a memory network; the 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Protocol
 
 from farflung.core.errors import (
     FarflungError,
@@ -25,6 +25,7 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
 from farflung.core.units import Bytes
+from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
 from farflung.transport.hello import agreed_version
 from farflung.transport.link import Frame, LinkConfig, LinkHandler, LinkStats, Priority
 from farflung.transport.measure import DeliveryRate, RoundTrip, fragment_bytes_for
@@ -32,34 +33,8 @@ from farflung.transport.uplink import Fragment, Uplink
 from farflung.wire.fragment import MAX_FRAGMENT_BYTES, Reassembler
 from farflung.wire.frame import decode_frame, encode_frame, frame_size
 
-FLUSH_S = 1.0
-"""How long ``close`` waits for queued frames and for the other end to take them."""
-
-RECORD_BYTES = 22
-"""What TLS 1.3 adds to each record: header 5, content type 1, tag 16 (RFC 8446, 5.2)."""
-
 _FRAGMENT_HEADER_BYTES = 12  # of a frame's only fragment, see wire.fragment
 _LEAST_BEAT_S = 0.02  # timers fire early by up to the clock's resolution (16 ms on Windows) and must not spin until it is time
-
-
-class Wire(Protocol):
-    """A byte stream to an authenticated peer, written to by one link."""
-
-    @property
-    def writable(self) -> bool:
-        """Little is unsent. Once false it stays so until the wire calls ``FrameLink.on_writable``."""
-
-    def write(self, data: bytes) -> int:
-        """Sends; never raises. Returns the bytes this puts on the network, encryption included."""
-
-    def bound_unsent(self, size: int) -> None:
-        """Asks that at most about ``size`` bytes wait in the kernel."""
-
-    def finish(self, by: float) -> None:
-        """Lets what was written arrive, then ends; breaks off at ``by`` (loop time)."""
-
-    async def ended(self) -> None:
-        """Returns once nothing is left of the wire."""
 
 
 class _State(Enum):
@@ -264,7 +239,7 @@ class FrameLink:
             case Pong() if self.peer_hello is not None:
                 self._round_trip.pong(message.number, self._heard)
                 self.stats.round_trip_s = self._round_trip.seconds
-                if message.received_bytes_per_s > 0:
+                if 0 < message.received_bytes_per_s < math.inf:
                     self.stats.delivery_bytes_per_s = message.received_bytes_per_s
                     self._cut_for(message.received_bytes_per_s)
             case _:

@@ -77,5 +77,5 @@ def fragment_bytes_for(bytes_per_s: float | None) -> int:
     """What passes in 2 ms at that rate, a power of two of 1 to 16 KiB: an urgent frame waits for about one fragment."""
     if not bytes_per_s:
         return MAX_FRAGMENT_BYTES
-    passes = min(int(bytes_per_s * _FRAGMENT_S), MAX_FRAGMENT_BYTES)
+    passes = int(min(bytes_per_s * _FRAGMENT_S, MAX_FRAGMENT_BYTES))
     return max(_LEAST_FRAGMENT_BYTES, 1 << (passes.bit_length() - 1) if passes else 0)

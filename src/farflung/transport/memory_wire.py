@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from farflung.core.errors import FarflungError, LinkLost, UsageError
 from farflung.core.ids import NodeId, short
-from farflung.transport.frame_link import RECORD_BYTES, FrameLink
+from farflung.transport.byte_stream import RECORD_BYTES
+from farflung.transport.frame_link import FrameLink
 
 _EARLY_S = 1e-9
 """Timers fire early by up to the clock's resolution, and sums of floats are off by less."""
@@ -217,18 +218,20 @@ class MemoryWire:
         if self._there.silent:
             return  # until on_healed
         now = self._loop.time() + _EARLY_S
-        while self._flights and self._flights[0].at <= now:
-            data = self._flights.popleft().data
-            link = self.other.link if self.other is not None else None
-            if data is None:
-                self._end()
-                if link is not None:
-                    link.on_wire_lost(
-                        LinkLost(f"node {short(self.ends[0])} closed the link", hint="it was stopped, or is done")
-                    )
-            elif link is not None:
-                link.on_bytes([data], len(data) + RECORD_BYTES)
-        self._await_landing()
+        try:
+            while self._flights and self._flights[0].at <= now:
+                self._hand_over(self._flights.popleft().data)
+        finally:  # whatever the handler at the other end raises, the rest arrives
+            self._await_landing()
+
+    def _hand_over(self, data: bytes | None) -> None:
+        link = self.other.link if self.other is not None else None
+        if data is None:
+            self._end()
+            if link is not None:
+                link.on_wire_lost(LinkLost(f"node {short(self.ends[0])} closed the link", hint="it was stopped"))
+        elif link is not None:
+            link.on_bytes([data], len(data) + RECORD_BYTES)
 
     def _has_room(self) -> bool:
         """Where there is none, sets the timer that looks again when there is."""

@@ -17,7 +17,8 @@ from farflung.core.errors import FarflungError, LinkLost
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
 from farflung.transport.address import format_address
-from farflung.transport.frame_link import FLUSH_S, RECORD_BYTES, FrameLink
+from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES
+from farflung.transport.frame_link import FrameLink
 from farflung.transport.link import LinkConfig
 from farflung.transport.tls import TlsStream
 from farflung.transport.uplink import Uplink
@@ -49,12 +50,14 @@ class TcpSetup:
 
 
 class TcpConnection(asyncio.BufferedProtocol):
-    """Args:
-    setup: shared.
-    context: TLS of this direction.
-    expect: called with the peer's node id as soon as it is proven; raises (WrongPeer) to turn it away.
-    on_greeted: called once, with the link when it is up, or with the error.
-    dialled: this end dialled.
+    """A socket, accepted or dialled, and the link on it once there is one.
+
+    Args:
+        setup: shared.
+        context: TLS of this direction.
+        expect: called with the peer's node id as soon as it is proven; raises (WrongPeer) to turn it away.
+        on_greeted: called once, with the link when it is up, or with the error.
+        dialled: this end dialled.
     """
 
     def __init__(
