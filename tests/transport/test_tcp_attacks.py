@@ -28,6 +28,7 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId
 from farflung.core.messages import Message, Ping, Pong
 from farflung.identity import Identity, client_context, server_context
+from farflung.transport import tcp
 from farflung.transport.address import parse_address
 from farflung.transport.hello import HELLO
 from farflung.transport.link import LinkConfig, Priority
@@ -112,10 +113,12 @@ def test_a_frame_before_the_hello_breaks_the_protocol() -> None:
     attack(scenario)
 
 
-def test_many_unfinished_connections_keep_nobody_out() -> None:
+def test_many_unfinished_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "_MOST_GREETINGS", 8)
+
     async def scenario(world: TcpWorld, victim: Node) -> None:
         host, port = parse_address(victim.address)
-        held = [await asyncio.open_connection(host, port) for _ in range(140)]
+        held = [await asyncio.open_connection(host, port) for _ in range(12)]
         link = await world.node().transport.dial(victim.node_id, [victim.address])
         assert link.is_up
         assert "oldest" in str(await victim.refusal())

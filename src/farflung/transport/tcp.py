@@ -20,8 +20,8 @@ from farflung.transport.uplink import Uplink
 
 _RECEIVE_BYTES = 256 * 1024
 _BACKLOG = 128
-_MOST_GREETINGS = 128
-"""Accepted connections that may be unfinished at a time, per listener: some 4 MB of TLS state. One more, and the oldest is
+_MOST_GREETINGS = 256
+"""Accepted connections that may be unfinished at a time, per listener: some 10 MB of TLS state. One more, and the oldest is
 dropped: an honest peer is through in a few round trips, one that only holds connections open becomes the oldest."""
 
 
