@@ -88,7 +88,7 @@ def bench_stage(source: ModelSource, config: StageBenchConfig, *, progress: Prog
         progress=progress,
     )
     stage = load_stage(source, layers, config.dtype, progress=progress)
-    reference = _GenerateReference(stage) if stage.is_first and stage.is_last else _LayersReference(stage)
+    reference = GenerateReference(stage) if stage.is_first and stage.is_last else _LayersReference(stage)
     return asyncio.run(_measure(backend, reference.run, config))
 
 
@@ -150,7 +150,7 @@ def _prompt(tokens: int, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int32]]
     return (np.arange(tokens, dtype=np.int64) * 7919 % vocab_size).astype(np.int32)
 
 
-class _GenerateReference:
+class GenerateReference:
     """``generate`` of transformers, greedy, with its own cache, as a user would call it."""
 
     def __init__(self, stage: StageModule) -> None:

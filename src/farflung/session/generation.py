@@ -296,5 +296,9 @@ class Generation:
             ]
 
     def _link_bytes(self) -> tuple[int, int]:
-        links = self._setup.pool.links
-        return sum(link.stats.bytes_sent for link in links), sum(link.stats.bytes_received for link in links)
+        """Sent and received so far over all links, heartbeats apart."""
+        stats = [link.stats for link in self._setup.pool.links]
+        return (
+            sum(each.bytes_sent - each.housekeeping_bytes_sent for each in stats),
+            sum(each.bytes_received - each.housekeeping_bytes_received for each in stats),
+        )

@@ -54,7 +54,7 @@ class GenerationStats:
         ttft_s: from asking to the first token, dialling included; None before it.
         inter_token_s: time between tokens as they arrived.
         rounds: windows sent that wanted an answer.
-        bytes_sent, bytes_received: of this driver's links during the generation, heartbeats included.
+        bytes_sent, bytes_received: of this driver's links during the generation, TLS included, heartbeats apart.
         stages: one per stage that reported, in route order; known at the end.
     """
 
