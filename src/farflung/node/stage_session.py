@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from msgspec.structs import replace
 
 from farflung.core.errors import Cancelled, FarflungError, LinkError, ProtocolViolation, StageLost, error_from_code
 from farflung.core.ids import NodeId, SessionId, short
@@ -50,42 +51,28 @@ class Opening:
         return self.text.route.successor(self.index)
 
 
-@dataclass
 class Meter:
-    """Counts for the ``Report``."""
+    """Keeps the ``report`` of one session."""
 
-    windows: int = 0
-    rows: int = 0
-    compute_ms: float = 0.0
-    bytes_out: int = 0
-    decode_windows: int = 0
-    decode_compute_ms: float = 0.0
-    decode_bytes_out: int = 0
+    def __init__(self, node_id: NodeId) -> None:
+        self.report = Report(node_id)
 
     def computed(self, window: Window, step_ms: float) -> None:
-        self.windows += 1
-        self.rows += window.rows
-        self.compute_ms += step_ms
-        if window.is_decode:
-            self.decode_windows += 1
-            self.decode_compute_ms += step_ms
+        """A window came back from a step of that time."""
+        was, decode = self.report, int(window.is_decode)
+        self.report = replace(
+            was,
+            windows=was.windows + 1,
+            rows=was.rows + window.rows,
+            compute_ms=was.compute_ms + step_ms,
+            decode_windows=was.decode_windows + decode,
+            decode_compute_ms=was.decode_compute_ms + step_ms * decode,
+        )
 
     def sent(self, size: int, *, is_decode: bool) -> None:
-        self.bytes_out += size
-        if is_decode:
-            self.decode_bytes_out += size
-
-    def report(self, node_id: NodeId) -> Report:
-        return Report(
-            node_id,
-            self.windows,
-            self.rows,
-            self.compute_ms,
-            self.bytes_out,
-            self.decode_windows,
-            self.decode_compute_ms,
-            self.decode_bytes_out,
-        )
+        """A frame of ``size`` bytes went on."""
+        was = self.report
+        self.report = replace(was, bytes_out=was.bytes_out + size, decode_bytes_out=was.decode_bytes_out + size * is_decode)
 
 
 class SessionHost(Protocol):
@@ -119,7 +106,7 @@ class StageSession:
     predecessor: Line
     owner: Line | None = None
     successor: Line | None = None
-    meter: Meter = field(default_factory=Meter)
+    meter: Meter = field(init=False)
     over: bool = False
     state: StageState = field(init=False)
     _unsent: list[Forward] = field(default_factory=list)
@@ -127,6 +114,7 @@ class StageSession:
     def __post_init__(self) -> None:
         text = self.opening.text
         is_first = self.opening.index == 0
+        self.meter = Meter(self.host.node_id)
         self.state = StageState(
             session=text.session,
             epoch=text.epoch,
@@ -246,7 +234,7 @@ class StageSession:
         self.over = True
         try_send(self.successor, Close("the session ended"))
         if error is None:
-            try_send(self.owner, self.meter.report(self.host.node_id))
+            try_send(self.owner, self.meter.report)
         else:
             try_send(self.owner or self.predecessor, fault_of(error, origin or self.host.node_id))
         for line in (self.predecessor, self.owner, self.successor):
