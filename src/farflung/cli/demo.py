@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 DEFAULT_MODEL = "gemma3-270m"
-DEFAULT_PROMPT = "The lighthouse keeper opened the door, looked out at the storm and"
+DEFAULT_PROMPT = "A distributed system is one in which"
 
-START_TIMEOUT_S = 180.0
-"""For a node to load its layers: seconds for the demo's model, more for a large one on a slow disk."""
+START_TIMEOUT_S = 1800.0
+"""For a node to load its layers: seconds, unless a hub model is downloaded first. A node that dies is seen at once."""
 
 REFERENCE_TIMEOUT_S = 900.0
 """For plain transformers to load and generate in one process, at the lowest priority."""
@@ -101,8 +101,8 @@ async def _demo(out: Output, options: DemoOptions) -> None:
         for child, event in zip(stages, ready, strict=False):
             start, stop = event["layers"]
             out.note(f"process {child.pid}: node {short(event['node_id'])} at {event['listen']}, layers {start}:{stop}")
-        generation, ids = await _generate(out, options, url)
-        single = await _compare(out, reference, ids, options.max_tokens)
+        generation, request = await _generate(out, options, url)
+        single = await _compare(out, reference, request)
         with out.status("ending all processes"):
             await group.end()
     _report(out, options, generation, [(event, child.pid) for event, child in zip(ready, stages, strict=False)], single)
@@ -157,27 +157,28 @@ async def _all_ready(out: Output, children: list[Child]) -> list[dict[str, Any]]
     return [wait.result() for wait in waits]
 
 
-async def _generate(out: Output, options: DemoOptions, url: str) -> tuple[Generation, list[int]]:
-    """The generation, run to its end, and the ids of its prompt."""
+async def _generate(out: Output, options: DemoOptions, url: str) -> tuple[Generation, dict[str, object]]:
+    """The generation, run to its end, and what to ask plain transformers for."""
     from farflung.cli.generation import headline, stream, summary
     from farflung.session import GenerateOptions, Swarm
 
     async with Swarm.connect(url, options.model) as swarm:
         ids = swarm.tokenizer.encode(options.prompt)
         generation = swarm.generate(ids, GenerateOptions(max_tokens=options.max_tokens, codec="fp32"))
+        end_ids = sorted({*swarm.spec.eos_token_ids, *swarm.tokenizer.eos_token_ids})
         await stream(out, generation, options.prompt)
     out.note(summary(generation.stats))
     out.note(headline(generation.stats))
-    return generation, ids
+    return generation, {"prompt_ids": ids, "max_tokens": options.max_tokens, "end_ids": end_ids}
 
 
-async def _compare(out: Output, reference: Child | None, ids: list[int], max_tokens: int) -> list[int] | None:
+async def _compare(out: Output, reference: Child | None, request: dict[str, object]) -> list[int] | None:
     """What plain transformers generates from the same prompt."""
     if reference is None:
         return None
     with out.status("plain transformers does the same in one process (its reader takes a while)"):
         await reference.event(REFERENCE_TIMEOUT_S)
-        reference.send_line(json_format.dumps({"prompt_ids": ids, "max_tokens": max_tokens}))
+        reference.send_line(json_format.dumps(request))
         answer = await reference.event(REFERENCE_TIMEOUT_S)
     return [int(token) for token in answer["token_ids"]]
 
@@ -208,7 +209,7 @@ def _report(
     if single is None:
         return
     if matches:
-        out.note(f"matches_single_process: true ({compared} tokens compared with plain transformers)")
+        out.print(f"matches_single_process: true ({compared} tokens compared with plain transformers)")
         return
     differs = next((i for i, (a, b) in enumerate(zip(stats.token_ids, single, strict=False)) if a != b), compared)
-    out.note(f"matches_single_process: false (token {differs + 1} is the first to differ; {compared} compared)")
+    out.print(f"matches_single_process: false (token {differs + 1} is the first to differ; {compared} compared)")

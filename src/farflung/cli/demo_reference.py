@@ -1,7 +1,7 @@
 """Plain ``transformers`` in a process of its own: what ``farflung demo`` compares with. Nothing of Farflung's engine is used.
 
-It loads at the lowest priority while the nodes start, prints ``{"event": "loaded"}``, reads one JSON line
-``{"prompt_ids": [...], "max_tokens": N}`` from stdin and prints ``{"token_ids": [...]}``. It ends when stdin closes.
+It loads at the lowest priority while the nodes start, prints ``{"event": "loaded"}``, reads one JSON line from stdin,
+``{"prompt_ids": [...], "max_tokens": N, "end_ids": [...]}``, and prints ``{"token_ids": [...]}``. It ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(model: str) -> None:
     loaded = _load(model)
     _say({"event": "loaded"})
     request = json.loads(watch.lines.get())
-    _say({"token_ids": _greedy(loaded, request["prompt_ids"], request["max_tokens"])})
+    _say({"token_ids": _greedy(loaded, request["prompt_ids"], request["max_tokens"], request["end_ids"])})
 
 
 def _load(model: str) -> Any:
@@ -45,14 +45,16 @@ def _load(model: str) -> Any:
     return whole.eval()
 
 
-def _greedy(model: Any, prompt_ids: list[int], max_tokens: int) -> list[int]:
+def _greedy(model: Any, prompt_ids: list[int], max_tokens: int, end_ids: list[int]) -> list[int]:
+    """The new tokens, without the one that ended them."""
     import torch
 
+    model.generation_config.eos_token_id = end_ids or None
     inputs = torch.tensor([prompt_ids])
     with torch.inference_mode():
         out = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, do_sample=False)
     found: list[int] = out[0, len(prompt_ids) :].tolist()
-    return found
+    return found[:-1] if found and found[-1] in end_ids else found
 
 
 def _yield_to_others() -> None:

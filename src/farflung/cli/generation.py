@@ -26,7 +26,7 @@ async def stream(out: Output, generation: Generation, prompt: str = "") -> None:
                 out.write(token.text)
             out.write("\n")
             return
-        live = LiveText()
+        live = LiveText(sys.stdout.write, sys.stdout.flush)
         try:
             live.write(prompt, "reading the prompt")
             async for token in tokens:

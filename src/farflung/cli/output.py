@@ -45,8 +45,11 @@ class Output:
 
     @property
     def live(self) -> bool:
-        """Whether stdout is a terminal that a person watches."""
-        return not self.json_only and sys.stdout.isatty()
+        """Whether stdout is a terminal that a person watches and whose cursor can be moved."""
+        if self.json_only or not sys.stdout.isatty():
+            return False
+        console = self._console(stderr=False)
+        return not console.is_dumb_terminal and not console.legacy_windows
 
     def json(self, value: Mapping[str, object]) -> None:
         """One JSON object on one line of stdout, with ``--json``; otherwise nothing."""

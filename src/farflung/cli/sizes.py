@@ -55,7 +55,7 @@ def model_sizes(source: ModelSource) -> ModelSizes:
     def count(module: Any) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    tied = model.get_submodule(parts.head).weight is model.get_submodule(parts.embed).weight
+    tied = f"{parts.head}.weight" in model.all_tied_weights_keys
     return ModelSizes(
         layers=tuple(count(layer) for layer in model.get_submodule(parts.layers)),
         embedding=count(model.get_submodule(parts.embed)),
