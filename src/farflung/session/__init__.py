@@ -1,6 +1,6 @@
 """The driver: one generation over a route of stages.
 
-async with Swarm.connect("http://127.0.0.1:8440", "gemma3-270m") as swarm:
+async with Swarm.connect("http://127.0.0.1:7700", "gemma3-270m") as swarm:
     async for token in swarm.generate("The sea is"):
         print(token.text, end="")
 """

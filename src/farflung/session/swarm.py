@@ -107,11 +107,11 @@ class Swarm:
         await self._stack.__aenter__()
         self._stack.push_async_callback(self._ports.transport.close)
         self._stack.push_async_callback(self._pool.close)
-        await self._stack.enter_async_context(self._roster)
         try:
+            await self._stack.enter_async_context(self._roster)
             await self._ports.directory.records(Query(model=self.spec.digest))  # a directory that is away is named at once
             await self._roster.until(lambda _: True, self._find_timeout_s)
-        except FarflungError:
+        except BaseException:  # cancelled, too: nobody calls __aexit__ for what was never entered
             await self._stack.aclose()
             raise
         return self

@@ -1,6 +1,6 @@
 """The driver without ``async``, for scripts and notebooks: the event loop runs in a thread of its own.
 
-with connect("http://127.0.0.1:8440", "gemma3-270m") as swarm:
+with connect("http://127.0.0.1:7700", "gemma3-270m") as swarm:
     for token in swarm.generate("The sea is"):
         print(token.text, end="")
 """
