@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 import time
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,3 +72,23 @@ async def local_swarm(model: Path, cuts: tuple[int, ...]) -> AsyncGenerator[str,
             await node.start()
             stack.push_async_callback(node.drain)
         yield server.url
+
+
+@contextmanager
+def served(model: Path, cuts: tuple[int, ...]) -> Iterator[str]:
+    """``local_swarm`` on an event loop in a thread of its own."""
+    ready: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        async with local_swarm(model, cuts) as url:
+            stop = asyncio.Event()
+            ready.set_result((url, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    url, loop, stop = ready.result(timeout=60)
+    yield url
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(timeout=30)
+    assert not thread.is_alive()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from local_nodes import add_tokenizer, served
+from models import tiny_model
 from typer.testing import CliRunner
 
 from farflung.cli.app import app
@@ -63,3 +65,18 @@ def test_every_floor_of_the_architecture_page_is_a_package_and_every_package_is_
     named = set(re.findall(r"\(\.\./src/farflung/([a-z]+)\)", text))
     there = {path.parent.name for path in (ROOT / "src/farflung").glob("*/__init__.py")}
     assert named == there
+
+
+def python_examples() -> list[str]:
+    return [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)]
+
+
+def test_every_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As written, but for where the directory is and which model it serves."""
+    model = add_tokenizer(tiny_model("llama", tmp_path / "model", layers=4))
+    assert len(python_examples()) == 2
+    with served(model, cuts=(2,)) as url:
+        for example in python_examples():
+            text = example.replace("http://127.0.0.1:7700", url).replace("gemma3-270m", str(model))
+            exec(compile(text, "README.md", "exec"), {})
+            assert capsys.readouterr().out

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
-from local_nodes import add_tokenizer, local_swarm
+from local_nodes import add_tokenizer, served
 from models import tiny_model, whole_model
 
 from farflung.core.errors import DigestMismatch, DirectoryUnreachable, LayersMissing, NoSuchModel, UsageError
@@ -28,22 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def directory_url(model: Path) -> Iterator[str]:
-    """A directory and three nodes on an event loop in a thread of its own."""
-    ready: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-
-    async def serve() -> None:
-        async with local_swarm(model, cuts=(2, 4)) as url:
-            stop = asyncio.Event()
-            ready.set_result((url, asyncio.get_running_loop(), stop))
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    url, loop, stop = ready.result(timeout=60)
-    yield url
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(timeout=30)
-    assert not thread.is_alive()
+    with served(model, cuts=(2, 4)) as url:
+        yield url
 
 
 def greedy(model: Path) -> list[int]:

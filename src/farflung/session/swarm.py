@@ -11,7 +11,7 @@ from random import Random
 from types import TracebackType
 from typing import Self
 
-from farflung.core.errors import DigestMismatch, FarflungError, LayersMissing, UsageError
+from farflung.core.errors import DigestMismatch, LayersMissing, UsageError
 from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import OpenText
 from farflung.core.model import ModelSpec
