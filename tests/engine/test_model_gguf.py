@@ -56,8 +56,10 @@ def test_every_parameter_is_bit_for_bit_what_transformers_makes_of_the_file(
 def test_the_configuration_is_the_one_transformers_reads_from_the_whole_file(tmp_path: Path, family: str) -> None:
     path = tiny_gguf(family, tmp_path / "m.gguf")
     expected = AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
-    assert GgufSource(path).config().to_diff_dict() == expected.to_diff_dict()
-    assert GgufSource(path).config().vocab_size == 5000
+    found = GgufSource(path).config()
+    found.name_or_path = expected.name_or_path
+    assert found.to_dict() == expected.to_dict()
+    assert found.vocab_size == 5000
 
 
 def test_a_stage_of_a_gguf_file_holds_only_its_layers(tmp_path: Path) -> None:
@@ -88,19 +90,20 @@ def test_every_known_tensor_type_has_a_size() -> None:
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_file_cut_anywhere_is_refused_with_the_numbers(whole_file: bytes, data: st.DataObject) -> None:
-    kept = data.draw(st.one_of(st.integers(0, len(whole_file) - 64), st.integers(0, 4000)))
+def test_a_file_cut_anywhere_is_refused_with_the_numbers(whole_file: Path, data: st.DataObject) -> None:
+    whole = whole_file.read_bytes()
+    kept = data.draw(st.one_of(st.integers(0, len(whole) - 64), st.integers(0, 4000)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "m.gguf")
-        path.write_bytes(whole_file[:kept])
+        path.write_bytes(whole[:kept])
         with pytest.raises((CorruptWeights, NotAModel), match=str(kept)):
             GgufSource(path)
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
-def test_a_damaged_front_raises_only_our_errors(whole_file: bytes, data: st.DataObject) -> None:
-    damaged = bytearray(whole_file)
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_front_raises_only_our_errors(whole_file: Path, data: st.DataObject) -> None:
+    damaged = bytearray(whole_file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, 4000))] = data.draw(st.sampled_from([0, 1, 8, 9, 127, 255]))
     with tempfile.TemporaryDirectory() as folder:
@@ -114,8 +117,8 @@ def test_a_damaged_front_raises_only_our_errors(whole_file: bytes, data: st.Data
 
 
 @pytest.fixture(scope="module")
-def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return tiny_gguf("qwen2", tmp_path_factory.mktemp("gguf") / "m.gguf", layers=1, tokens=20).read_bytes()
+def whole_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf("qwen2", tmp_path_factory.mktemp("gguf") / "m.gguf", layers=1, tokens=20)
 
 
 def test_a_tensor_that_transformers_would_ignore_is_refused(tmp_path: Path) -> None:
@@ -145,6 +148,19 @@ def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path: Path) 
     writer.close()
     with pytest.raises(UnsupportedModel, match="spoon"):
         GgufSource(path).config()
+
+
+def test_a_forged_number_of_layers_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(2**31)
+    writer.add_tensor("token_embd.weight", np.ones((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=str(2**31)):
+        GgufSource(path)
 
 
 def test_the_digest_tells_configuration_tokenizer_and_weights_apart(tmp_path: Path) -> None:

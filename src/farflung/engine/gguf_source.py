@@ -20,7 +20,7 @@ from farflung.core.errors import CorruptWeights, UnsupportedModel
 from farflung.engine.dequant import dequantise
 from farflung.engine.gguf_file import Field, read_header
 from farflung.engine.manifest import CONFIG, TOKENIZER, Leaf
-from farflung.engine.skeleton import Config, Skeleton, understood
+from farflung.engine.skeleton import Config, Skeleton, refuse_absurd, understood
 from farflung.engine.source import ModelSource, StoredTensor
 
 MAX_CONFIG_ENTRIES = 4096
@@ -42,6 +42,7 @@ class GgufSource(ModelSource):
         if not architecture or not self._stored:
             raise CorruptWeights(f"{path} has no general.architecture or no tensors ({len(self._stored)})")
         self._architecture = architecture
+        refuse_absurd({field.key: field.value for field in self._header.fields.values()})
 
     def config(self) -> Config:
         from transformers import AutoConfig
@@ -49,7 +50,9 @@ class GgufSource(ModelSource):
         with TemporaryDirectory(prefix="farflung-") as folder:
             Path(folder, "front.gguf").write_bytes(self._front())
             with understood(f"{self.name} ({self._architecture})"):
-                return AutoConfig.from_pretrained(folder, gguf_file="front.gguf")
+                config = AutoConfig.from_pretrained(folder, gguf_file="front.gguf")
+        config.name_or_path = str(self.path)
+        return config
 
     def tokenizer_arguments(self) -> tuple[str, dict[str, Any]]:
         return str(self.path.parent), {"gguf_file": self.path.name, "local_files_only": True}

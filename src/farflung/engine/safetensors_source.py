@@ -18,7 +18,7 @@ from blake3 import blake3
 from farflung.core.errors import CorruptWeights, ModelError, NotAModel, UnsupportedModel
 from farflung.engine.manifest import CONFIG, TOKENIZER, Leaf, ModelManifest
 from farflung.engine.safetensors_file import read_header
-from farflung.engine.skeleton import Config, Skeleton, understood
+from farflung.engine.skeleton import Config, Skeleton, refuse_absurd, understood
 from farflung.engine.source import ModelSource, Progress, SourceKind, StoredTensor
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -92,6 +92,7 @@ class SafetensorsSource(ModelSource):
         self.path = files.folder
         if not isinstance(self._config.get("model_type"), str):
             raise NotAModel(f"{files.name}: config.json names no model_type")
+        refuse_absurd(self._config)
         self._shard_of = self._find_shards()
 
     @classmethod

@@ -6,7 +6,7 @@ follows them, and whatever else of the text model has weights makes the family o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,16 @@ def understood(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+    except (
+        ValueError,  # and text that is no UTF-8
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        OSError,  # its name for a file that it cannot parse
+        StrictDataclassError,
+    ) as error:
         raise UnsupportedModel(f"transformers cannot make {what} of this configuration: {error}") from error
 
 
@@ -85,9 +94,18 @@ def build_skeleton(config: Config, attention: str = "sdpa") -> Skeleton:
 def layer_count(config: Config) -> int:
     """Number of decoder layers. Raises UnsupportedModel where the configuration has none, or absurdly many."""
     count = _number(config, "num_hidden_layers")
-    if count > MAX_LAYERS:
-        raise UnsupportedModel(f"the configuration asks for {count} layers; more than {MAX_LAYERS} are not built")
+    refuse_absurd({"num_hidden_layers": count})
     return count
+
+
+def refuse_absurd(raw: Mapping[str, object]) -> None:
+    """Raises UnsupportedModel where a raw configuration asks for more layers than ``MAX_LAYERS``. Called before transformers
+    sees it, which writes a list of as many entries."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            refuse_absurd(value)
+        elif isinstance(value, int) and value > MAX_LAYERS and ("layer" in key or "block_count" in key):
+            raise UnsupportedModel(f"the configuration sets {key} to {value}; more than {MAX_LAYERS} layers are not built")
 
 
 def anatomy(model: Skeleton) -> Anatomy:
