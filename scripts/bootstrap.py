@@ -65,7 +65,7 @@ def _install_torch(torch: str) -> int:
 
 
 def _pip(*arguments: str, quiet: bool = False) -> int:
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, cwd=ROOT, check=False, stderr=subprocess.DEVNULL if quiet else None).returncode
 
 
