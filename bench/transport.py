@@ -65,7 +65,7 @@ class Driver:
         if not self.arrived.done():
             self.arrived.set_exception(error)
 
-    async def exchange(self, send: Callable[[], None]) -> None:
+    async def exchange(self, send: Callable[[], object]) -> None:
         self.arrived = asyncio.get_running_loop().create_future()
         send()
         await self.arrived

@@ -96,8 +96,8 @@ class RecordingLink:
     def new_channel(self) -> int:
         return self._inner.new_channel()
 
-    def send(self, channel: int, frame: Frame, priority: Priority) -> None:
-        self._inner.send(channel, frame, priority)
+    def send(self, channel: int, frame: Frame, priority: Priority) -> int:
+        return self._inner.send(channel, frame, priority)
 
     async def close(self, error: FarflungError | None = None) -> None:
         await self._inner.close(error)

@@ -23,6 +23,7 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Answer, Hello, Window
 from farflung.core.window import Commit, SlotRun, SlotSpan
+from farflung.transport.byte_stream import RECORD_BYTES
 from farflung.transport.link import Frame, Link, LinkConfig, Priority
 
 
@@ -61,6 +62,19 @@ def test_frames_go_both_ways_on_several_channels_unchanged(world: World) -> None
             assert [bytes(buffer) for buffer in frame.buffers] == [bytes([number]) * size, b"second"]
         assert link.stats.frames_sent == back.stats.frames_received == len(sizes)
         assert link.stats.bytes_sent > sum(sizes)
+
+    world.run(scenario)
+
+
+def test_sending_says_what_the_frame_costs_but_for_encryption(world: World) -> None:
+    async def scenario(world: World) -> None:
+        link, _, _, heard = await linked(world)
+        before = link.stats.bytes_sent - link.stats.housekeeping_bytes_sent
+        costs = [link.send(2, numbered(1, [bytes(size)]), Priority.DECODE) for size in (100, 20_000)]
+        await heard.until_frames(2)
+        sent = link.stats.bytes_sent - link.stats.housekeeping_bytes_sent - before
+        assert sum(costs) + 3 * RECORD_BYTES == sent
+        assert 100 < costs[0] < 130
 
     world.run(scenario)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farflung.core.errors import FarflungError, FrameTooLarge, MalformedFrame, ProtocolViolation, UsageError
-from farflung.wire.fragment import MAX_FRAGMENT_BYTES, MIN_FRAGMENT_BYTES, Reassembler, fragments
+from farflung.wire.fragment import MAX_FRAGMENT_BYTES, MIN_FRAGMENT_BYTES, Reassembler, fragments, size_in_fragments
 
 FIRST, LAST = 1, 2
 MIB = 2**20
@@ -81,6 +81,12 @@ def test_frames_around_the_size_of_a_fragment_come_back(size: int) -> None:
     pieces = [b"".join(piece) for piece in fragments(9, 2, [sent[:1], sent[1:]])]
     assert max(map(len, pieces)) <= MAX_FRAGMENT_BYTES
     assert collect(reassembler(), *pieces) == [(9, 2, sent)]
+
+
+@given(st.integers(1, 40_000), st.integers(MIN_FRAGMENT_BYTES, MAX_FRAGMENT_BYTES))
+def test_the_size_in_fragments_is_that_of_the_fragments(size: int, fragment_bytes: int) -> None:
+    sent = sum(len(buffer) for pieces in fragments(9, 2, [bytes(size)], fragment_bytes) for buffer in pieces)
+    assert size_in_fragments(size, fragment_bytes) == sent
 
 
 def test_a_small_frame_costs_twelve_bytes_and_no_copy() -> None:

@@ -30,10 +30,9 @@ from farflung.transport.hello import agreed_version
 from farflung.transport.link import Frame, LinkConfig, LinkHandler, LinkStats, Priority
 from farflung.transport.measure import DeliveryRate, RoundTrip, fragment_bytes_for
 from farflung.transport.uplink import Fragment, Uplink
-from farflung.wire.fragment import MAX_FRAGMENT_BYTES, Reassembler
+from farflung.wire.fragment import MAX_FRAGMENT_BYTES, Reassembler, size_in_fragments
 from farflung.wire.frame import decode_frame, encode_frame, frame_size
 
-_FRAGMENT_HEADER_BYTES = 12  # of a frame's only fragment, see wire.fragment
 _LEAST_BEAT_S = 0.02  # timers fire early by up to the clock's resolution (16 ms on Windows) and must not spin until it is time
 
 
@@ -115,7 +114,7 @@ class FrameLink:
         self._next_channel += 2
         return channel
 
-    def send(self, channel: int, frame: Frame, priority: Priority) -> None:
+    def send(self, channel: int, frame: Frame, priority: Priority) -> int:
         if self._state is not _State.UP:
             state = "closing" if self._error is None else f"down: {self._error}"
             raise LinkLost(f"the link to node {short(self.peer)} is {state}")
@@ -137,6 +136,7 @@ class FrameLink:
             )
         self.stats.frames_sent += 1
         self._uplink.send(self, channel, priority, parts, size)
+        return size_in_fragments(size, self.fragment_bytes)
 
     async def close(self, error: FarflungError | None = None) -> None:
         if self._state is not _State.CLOSING:
@@ -223,7 +223,7 @@ class FrameLink:
             )
 
     def _take_own(self, message: Message, size: int) -> None:
-        self.stats.housekeeping_bytes_received += size + _FRAGMENT_HEADER_BYTES + RECORD_BYTES
+        self.stats.housekeeping_bytes_received += size_in_fragments(size) + RECORD_BYTES
         match message:
             case Hello() if self.peer_hello is None:
                 self.peer_hello = message
@@ -250,7 +250,7 @@ class FrameLink:
     def _post(self, message: Message) -> None:
         parts = encode_frame(message)
         size = frame_size(parts)
-        self.stats.housekeeping_bytes_sent += size + _FRAGMENT_HEADER_BYTES + RECORD_BYTES
+        self.stats.housekeeping_bytes_sent += size_in_fragments(size) + RECORD_BYTES
         self._uplink.send(self, LINK_CHANNEL, Priority.CONTROL, parts, size)
 
     def _cut_for(self, bytes_per_s: float) -> None:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from farflung.core.errors import FarflungError, LinkError, Unreachable
+from farflung.core.errors import FarflungError, Unreachable
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Message
 from farflung.transport.link import Buffer, Frame, Link, Priority, Transport
@@ -40,9 +40,9 @@ class Line:
     def peer(self) -> NodeId:
         return self._lines.link.peer
 
-    def send(self, message: Message, buffers: Sequence[Buffer] = (), priority: Priority = Priority.CONTROL) -> None:
-        """Queues a frame. Raises LinkLost, LinkOverloaded."""
-        self.link.send(self.channel, Frame(message, buffers), priority)
+    def send(self, message: Message, buffers: Sequence[Buffer] = (), priority: Priority = Priority.CONTROL) -> int:
+        """Queues a frame; returns its bytes as ``Link.send`` does. Raises LinkLost, LinkOverloaded, FrameTooLarge."""
+        return self.link.send(self.channel, Frame(message, buffers), priority)
 
     def bind(self, handler: LineHandler) -> None:
         """Frames of this channel go to ``handler`` from now on."""
@@ -176,5 +176,5 @@ def try_send(line: Line | None, message: Message, buffers: Sequence[Buffer] = ()
         return
     try:
         line.send(message, buffers)
-    except LinkError:
-        return  # the peer is gone; its own on_lost has said or will say so
+    except FarflungError:
+        return  # the peer is gone or takes no more; its own on_lost has said or will say so

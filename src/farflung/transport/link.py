@@ -103,10 +103,11 @@ class Link(Protocol):
     def new_channel(self) -> int:
         """A channel number unused on this link; the dialling end hands out even ones, the other odd ones."""
 
-    def send(self, channel: int, frame: Frame, priority: Priority) -> None:
+    def send(self, channel: int, frame: Frame, priority: Priority) -> int:
         """Queues a frame; never blocks. Buffers must not change afterwards.
 
-        Raises LinkLost where the link is down, LinkOverloaded where its queue is full.
+        Returns the frame's bytes, fragment headers included. Raises LinkLost where the link is down, LinkOverloaded where its
+        queue is full, FrameTooLarge.
         """
 
     async def close(self, error: FarflungError | None = None) -> None:

@@ -74,6 +74,12 @@ def fragments(
     return _split(channel, flags, parts, total, fragment_bytes)
 
 
+def size_in_fragments(size: int, fragment_bytes: int = MAX_FRAGMENT_BYTES) -> int:
+    """Bytes of all ``fragments`` of a frame of ``size`` bytes together, their headers included."""
+    payload = _TOTAL_BYTES + size
+    return payload + _HEADER_BYTES * -(-payload // (fragment_bytes - _HEADER_BYTES))
+
+
 def _split(channel: int, flags: int, parts: Sequence[Buffer], total: int, fragment_bytes: int) -> Iterator[list[Buffer]]:
     room = fragment_bytes - _HEADER_BYTES - _TOTAL_BYTES
     pieces: list[Buffer] = [_HEADER_AND_TOTAL.pack(_TOTAL_BYTES + room, flags | _FIRST, 0, channel, total)]
