@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT_S, HandmadeSwarm
+from command_lines import TIMEOUT_S, HandmadeSwarm
 
 CTRL_C = "\x03"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Farflung
+from command_lines import Farflung
 
 MARK = "FARFLUNG_TESTED_DEMO"
 GONE_WITHIN_S = 30.0

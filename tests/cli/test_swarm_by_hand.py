@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT_S, Farflung, HandmadeSwarm, first_line, start
+from command_lines import TIMEOUT_S, Farflung, HandmadeSwarm, first_line, start
 
 PROMPT = "The quick brown fox"
 
