@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT_S, Farflung
+import structlog
+from command_lines import TIMEOUT_S, Farflung, first_line, start
 
 from farflung import __version__
 from farflung.cli.app import option_names
+from farflung.cli.output import command
 
 COMMANDS = sorted(" ".join(path) for path in option_names())
 
@@ -188,8 +191,6 @@ def test_a_default_that_is_refused_is_traced_to_where_it_stands(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a Ctrl-C cannot be sent to one process")
 def test_ctrl_c_ends_a_waiting_command_with_130_and_without_a_traceback(cache: Path) -> None:
-    from conftest import first_line, start
-
     directory = start(cache, "directory", "--listen", "127.0.0.1:0")
     first_line(directory)
     directory.send_signal(signal.SIGINT)
@@ -200,8 +201,6 @@ def test_ctrl_c_ends_a_waiting_command_with_130_and_without_a_traceback(cache: P
 
 
 def test_a_process_whose_parent_is_gone_ends(cache: Path) -> None:
-    from conftest import first_line, start
-
     directory = start(cache, "directory", "--listen", "127.0.0.1:0")
     assert json.dumps(first_line(directory)["url"])
     assert directory.stdin is not None
@@ -209,3 +208,15 @@ def test_a_process_whose_parent_is_gone_ends(cache: Path) -> None:
     directory.stdin.close()
     directory.wait(timeout=TIMEOUT_S)
     assert time.monotonic() - started < TIMEOUT_S
+
+
+def test_logs_go_to_stderr_as_it_is_when_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, later = io.StringIO(), io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", closed)
+        with command(json=False, debug=False):
+            pass
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", later)
+    structlog.get_logger("any").warning("directory lost")
+    assert "directory lost" in later.getvalue()

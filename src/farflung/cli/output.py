@@ -159,7 +159,7 @@ def _log_to_stderr(debug: bool) -> None:
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and "NO_COLOR" not in os.environ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO if debug else logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # as it is then: tests and embedders replace the stream
     )
 
 
