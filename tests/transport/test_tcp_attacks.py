@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,8 +31,10 @@ from farflung.core.messages import Message, Ping, Pong
 from farflung.identity import Identity, client_context, server_context
 from farflung.transport import tcp
 from farflung.transport.address import parse_address
+from farflung.transport.frame_link import FrameLink
 from farflung.transport.hello import HELLO
 from farflung.transport.link import LinkConfig, Priority
+from farflung.transport.tcp import TcpTransport
 from farflung.wire.fragment import fragments
 from farflung.wire.frame import encode_frame
 
@@ -188,6 +191,25 @@ def test_a_peer_that_reads_nothing_is_lost_and_not_waited_for() -> None:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             link.send(1, numbered(1, [bytes(40_000_000)]), Priority.BULK)
             assert isinstance(await heard.until_lost(), LinkLost)
+        victim.accepted.clear()
+
+    attack(scenario)
+
+
+def test_pings_of_a_peer_that_reads_nothing_pile_nothing_up() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(parse_address(victim.address))
+        _, writer = await asyncio.open_connection(sock=sock, ssl=client_context(Identity.generate()), server_hostname="")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(on_wire(HELLO) + on_wire(Ping(1)) * 20_000 + on_wire(numbered(1).message, channel=2))
+        link, heard = await victim.first_link()
+        await heard.until_frames(1)  # so all pings have been read
+        assert isinstance(victim.transport, TcpTransport)
+        assert isinstance(link, FrameLink)
+        assert victim.transport._setup.uplink.queued_bytes(link) == 0
+        writer.transport.abort()
         victim.accepted.clear()
 
     attack(scenario)

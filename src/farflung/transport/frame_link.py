@@ -233,9 +233,8 @@ class FrameLink:
                 self._beat()
                 self._on_greeted(self, None)
             case Ping() if self.peer_hello is not None:
-                if self._uplink.queued_bytes(self) > self._config.max_queued_bytes:
-                    raise LinkOverloaded(f"node {short(self.peer)} sends pings and reads no answers")
-                self._post(Pong(message.number, self._delivery.bytes_per_s))
+                if self.writable:  # as for pings; and a peer that asks without reading makes nothing pile up here
+                    self._post(Pong(message.number, self._delivery.bytes_per_s))
             case Pong() if self.peer_hello is not None:
                 self._round_trip.pong(message.number, self._heard)
                 self.stats.round_trip_s = self._round_trip.seconds
