@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -116,6 +118,22 @@ def test_a_template_cannot_reach_out_of_its_sandbox(attack: str, tmp_path: Path)
         cached(folder_of(tmp_path, template=attack)).encode_chat(CHAT)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "{{ 1 / 0 }}",
+        "{{ 2.0**100000 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'x' * 10**15 }}",
+        "{{ cycler().next() }}",
+        "{{ messages|tojson(indent=10**9) }}",
+    ],
+)
+def test_a_template_that_fails_is_an_error_of_ours(fault: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="refuses these"):
+        cached(folder_of(tmp_path, template=fault)).encode_chat(CHAT)
+
+
 def test_a_template_gets_its_date_from_the_clock_it_was_given(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, template="{{ strftime_now('%Y') }}{% generation %}!{% endgeneration %}")
     noon = datetime(1999, 6, 1, 12, tzinfo=UTC).timestamp()
@@ -123,9 +141,10 @@ def test_a_template_gets_its_date_from_the_clock_it_was_given(tmp_path: Path) ->
     assert tokenizer.decode(tokenizer.encode_chat(CHAT)) == "1999!"
 
 
-def test_a_template_that_is_no_jinja_is_a_fault_of_the_model(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="Jinja"):
-        cached(folder_of(tmp_path, template="{% for %}")).encode_chat(CHAT)
+@pytest.mark.parametrize("source", ["{% for %}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"])
+def test_a_template_that_does_not_compile_is_a_fault_of_the_model(source: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="chat template"):
+        cached(folder_of(tmp_path, template=source)).encode_chat(CHAT)
 
 
 @pytest.mark.parametrize("text", ["", '{"model": {', "[]", '{"a": 1}'])
@@ -141,6 +160,19 @@ def test_a_folder_without_tokenizer_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(NotAModel, match="no tokenizer") as caught:
         Tokenizer(str(tmp_path), {}, cache=tmp_path / "cache")
     assert caught.value.hint
+
+
+def test_code_that_came_with_a_tokenizer_is_never_run_even_where_a_terminal_could_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: ...\n")
+    settings = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "code.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with suppress(NotAModel):
+        cached(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_gguf_file_cut_short_is_refused(tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ def _load(model: str) -> Any:
 
     logging.disable_progress_bar()
     if not Path(model).is_file():
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     # The reader behind from_pretrained(gguf_file=...), called by itself: that one wants `accelerate` and reads the file thrice.
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     path = Path(model)
-    whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), dtype=torch.float32)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=whole)["tensors"]
     missing, unexpected = whole.load_state_dict(tensors, strict=False, assign=True)
     if unexpected or any(not name.startswith("lm_head") for name in missing):  # a tied head takes the embedding's values

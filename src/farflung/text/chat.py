@@ -24,6 +24,20 @@ from farflung.core.errors import UnsupportedModel, UsageError
 Message = Mapping[str, Any]
 """``role`` and ``content``, and whatever else the template reads."""
 
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,  # {{ 1 / 0 }}
+    RuntimeError,  # a macro that calls itself, and what Jinja's own helpers raise
+    MemoryError,  # {{ "x" * 10**15 }}
+)
+"""What a template can raise while it renders, on purpose or because it is hostile."""
+
+_MAX_INDENT = 16
+
 
 class ChatTemplate:
     """One compiled template.
@@ -51,6 +65,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UnsupportedModel(f"the model's chat template is no valid Jinja: {error}") from error
+        except (RecursionError, MemoryError, SyntaxError) as error:  # nested too deep for Jinja, or for Python's compiler
+            raise UnsupportedModel(f"the model's chat template cannot be compiled: {error or type(error).__name__}") from error
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -60,9 +76,9 @@ class ChatTemplate:
             return self._template.render(
                 messages=plain, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except _TEMPLATE_FAULTS as error:
             raise UsageError(
-                f"the model's chat template refuses these {len(plain)} messages: {error}",
+                f"the model's chat template refuses these {len(plain)} messages: {error or type(error).__name__}",
                 hint="most take an optional system message, then user and assistant in turn, each with role and content",
             ) from error
 
@@ -108,4 +124,6 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as templates expect it: without the HTML escapes of Jinja's own filter."""
+    if indent is not None and not 0 <= indent <= _MAX_INDENT:
+        raise jinja2.TemplateError(f"tojson(indent={str(indent)[:20]}) is out of range: 0 to {_MAX_INDENT}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -85,7 +85,7 @@ def freeze(path: str, kwargs: Mapping[str, Any]) -> FrozenTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        built = AutoTokenizer.from_pretrained(path, **kwargs)
+        built = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)  # None would ask, on a terminal
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, struct.error) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotAModel(
