@@ -117,3 +117,10 @@ def test_the_first_cause_of_a_task_group_is_ours_or_none() -> None:
     ours = UsageError("x")
     assert first_cause(BaseExceptionGroup("g", [ExceptionGroup("h", [ours]), StageFailed("y")])) is ours
     assert first_cause(BaseExceptionGroup("g", [ours, KeyError("z")])) is None
+
+
+def test_what_a_peer_says_in_an_error_cannot_steer_a_terminal() -> None:
+    error = error_from_code("stage_lost", "one\ntwo \x1b[31mred\x07 größe\u202e" + "x" * 5000, "do\rthis")
+    assert error.message.startswith("one two  [31mred  größe x")
+    assert len(error.message) == 2000
+    assert error.hint == "do this"

@@ -175,10 +175,17 @@ class DeadlineExceeded(SessionError): ...
 class Cancelled(SessionError): ...
 
 
+_MAX_TOLD = 2000
+"""Characters of a peer's message or hint."""
+
+
 def error_from_code(code: str, message: str, hint: str = "") -> FarflungError:
-    """The error a peer reported by its ``code``; an unknown code (a newer peer) becomes ``StageFailed``."""
+    """The error a peer reported by its ``code``; an unknown code (a newer peer) becomes ``StageFailed``.
+
+    Its words are a stranger's and will be printed: what steers a terminal becomes a space, and no novels.
+    """
     found = _by_code().get(code, StageFailed)
-    return found(message, hint=hint)
+    return found(_for_people(message), hint=_for_people(hint))
 
 
 def first_cause(group: BaseExceptionGroup[BaseException]) -> FarflungError | None:
@@ -190,6 +197,10 @@ def first_cause(group: BaseExceptionGroup[BaseException]) -> FarflungError | Non
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, FarflungError) else None
+
+
+def _for_people(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_TOLD])
 
 
 def _by_code() -> dict[str, type[FarflungError]]:
