@@ -144,6 +144,7 @@ class WorldConfig:
     model: Path
     cuts: tuple[int, ...]
     seed: int = 1
+    replicas: int = 1
     shape: LinkShape = field(default_factory=lambda: LinkShape(delay_s=0.01, jitter_s=0.002, rate_bytes_per_s=12.5e6))
     kv_tokens: int = 256
     dtype: torch.dtype = torch.float32
@@ -152,7 +153,7 @@ class WorldConfig:
 
 @asynccontextmanager
 async def world(config: WorldConfig) -> AsyncGenerator[World, None]:
-    """A swarm whose stages begin at layer 0 and at each of ``cuts``."""
+    """A swarm whose stages begin at layer 0 and at each of ``cuts``, each served by ``replicas`` nodes."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
 
@@ -167,7 +168,8 @@ async def world(config: WorldConfig) -> AsyncGenerator[World, None]:
     bounds = (0, *config.cuts, spec.layers)
     nodes, backends = [], []
     async with AsyncExitStack() as stack:
-        for number, (start, stop) in enumerate(pairwise(bounds), start=1):
+        ranges = [*pairwise(bounds)] * config.replicas
+        for number, (start, stop) in enumerate(ranges, start=1):
             backend = TorchBackend(
                 load_stage(source, LayerRange(start, stop), config.dtype),
                 spec,

@@ -62,6 +62,11 @@ def test_a_run_is_a_path_under_its_parent() -> None:
     assert list(SlotRun(7, 3, 2).pairs()) == [(7, 2), (8, 7), (9, 8)]
 
 
+def test_a_commit_before_the_first_position_is_refused() -> None:
+    with pytest.raises(ProtocolViolation):
+        Commit(-9, spans_of([1]))
+
+
 def test_spans_name_slots_with_the_fewest_pieces() -> None:
     assert spans_of([4, 5, 6, 9, 8]) == (SlotSpan(4, 3), SlotSpan(9, 1), SlotSpan(8, 1))
     commit = Commit(10, spans_of([4, 5, 9]))

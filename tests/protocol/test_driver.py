@@ -22,6 +22,7 @@ from farflung.protocol.driver import (
     advance,
     plan_generation,
 )
+from farflung.protocol.limits import MAX_WINDOW_ROWS
 
 SPEC = ModelSpec(
     name="m", family="llama", digest=ModelDigest("0" * 64), layers=4, hidden_size=8, vocab_size=100, context_tokens=32
@@ -104,7 +105,6 @@ def test_a_failure_ends_it_with_its_error() -> None:
     [
         Answer((SlotSpan(3, 1),), (1,), 0),
         Answer((SlotSpan(4, 2),), (1, 2), 0),
-        Answer((), (), 0),
         Answer((SlotSpan(4, 1),), (1, 2), 0),
         Answer((SlotSpan(0, 2**30),), (1,), 0),
         Answer((SlotSpan(4, 1),), (100,), 5),
@@ -115,6 +115,11 @@ def test_an_answer_nobody_asked_for_is_a_violation(bad: Answer) -> None:
     state, _ = begun()
     with pytest.raises(ProtocolViolation):
         advance(state, AnswerReceived(bad))
+
+
+def test_an_answer_without_slots_is_a_mere_acknowledgement() -> None:
+    state, _ = begun()
+    assert advance(state, AnswerReceived(Answer((), (), 3))) == (state, ())
 
 
 def test_a_prompt_beyond_the_first_stages_credit_waits_for_more() -> None:
@@ -130,6 +135,12 @@ def test_a_prompt_beyond_the_first_stages_credit_waits_for_more() -> None:
 def test_a_prompt_that_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(PromptTooLong, match="30 prompt tokens and 3 more do not fit the 32"):
         plan_generation(GenerationPlan(prompt=(1,) * 30, max_tokens=3, vocab_size=100), SPEC)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, MAX_WINDOW_ROWS + 1])
+def test_prompt_chunks_must_fit_a_window(chunk: int) -> None:
+    with pytest.raises(UsageError, match="chunk_tokens"):
+        plan_generation(GenerationPlan(prompt=(1,), max_tokens=1, vocab_size=100, chunk_tokens=chunk), SPEC)
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [((), 1), ((1,), 0), ((100,), 1), ((-1,), 1)])

@@ -6,7 +6,8 @@ from farflung.core.errors import LeaseExceeded, ProtocolViolation
 from farflung.core.ids import SessionId
 from farflung.core.messages import Window
 from farflung.core.window import Commit, SlotRun, SlotSpan
-from farflung.protocol.credit import INITIAL_CREDIT_BYTES, RETURN_AT_BYTES
+from farflung.protocol.credit import INITIAL_CREDIT_BYTES, RETURN_AT_BYTES, WINDOW_COST_BYTES
+from farflung.protocol.limits import MAX_ALIVE_SLOTS, MAX_WINDOW_ROWS
 from farflung.protocol.stage import (
     CreditReceived,
     Forward,
@@ -73,10 +74,12 @@ def test_without_credit_of_the_successor_rows_wait_and_then_leave_in_order() -> 
     state, _ = run(stage(), path(0, 1, -1, 0), path(1, 1, 0, 1), path(2, 1, 1, 2))
     big = bytes(INITIAL_CREDIT_BYTES)
     state, first = run(state, StepStarted(), done(big))
-    state, rest = run(state, StepStarted(), done(b"b"), StepStarted(), done(b"c"))
+    state, rest = run(state, StepStarted(), done(b"b"))
     assert [type(effect) for effect in first + rest] == [Forward]
+    assert state.ready is None, "nothing more is computed while rows wait for the successor"
     state, effects = run(state, CreditReceived(INITIAL_CREDIT_BYTES))
-    assert [effect.payload for effect in effects if isinstance(effect, Forward)] == [b"b", b"c"]
+    assert [effect.payload for effect in effects if isinstance(effect, Forward)] == [b"b"]
+    assert state.ready is not None
 
 
 def test_credit_goes_back_to_the_predecessor_in_lumps_once_computed() -> None:
@@ -86,7 +89,7 @@ def test_credit_goes_back_to_the_predecessor_in_lumps_once_computed() -> None:
     state, effects = run(state, WindowReceived(window, bytes(rows * 1024)), StepStarted())
     assert effects == []
     state, effects = run(state, done())
-    assert ReturnCredit(rows * 1024) in effects
+    assert ReturnCredit(rows * 1024 + WINDOW_COST_BYTES) in effects
 
 
 def test_the_tail_answers_wanted_slots_and_says_what_is_committed() -> None:
@@ -97,6 +100,46 @@ def test_the_tail_answers_wanted_slots_and_says_what_is_committed() -> None:
     (reply,) = effects
     assert isinstance(reply, Reply)
     assert (reply.answer.slots, reply.answer.tokens, reply.answer.committed_tokens) == ((SlotSpan(2, 1),), (77,), 3)
+
+
+def test_an_agreeing_overlap_does_not_lower_what_is_acknowledged() -> None:
+    again = Window(1, (SlotRun(3, 1, 2),), (SlotSpan(3, 1),), Commit(0, (SlotSpan(0, 4),)))
+    state, _ = run(stage(is_tail=True, owner_attached=True), path(0, 3, -1, 0), StepStarted(), done(None))
+    _, effects = run(state, WindowReceived(again, bytes(ROW)), StepStarted(), done(None, (5,)))
+    (reply,) = effects
+    assert isinstance(reply, Reply)
+    assert reply.answer.committed_tokens == 4
+
+
+def test_where_every_wanted_slot_died_the_acknowledgement_still_goes_out() -> None:
+    state, _ = run(stage(is_tail=True, owner_attached=True), path(0, 1, -1, 0), path(1, 1, 0, 1))
+    orphan = Window(1, (SlotRun(2, 1, 0),), (SlotSpan(2, 1),))
+    state, _ = run(state, StepStarted(), done(None), StepStarted(), done(None))
+    _, effects = run(state, WindowReceived(orphan, bytes(ROW)), StepStarted(), done(None))
+    (reply,) = effects
+    assert isinstance(reply, Reply)
+    assert (reply.answer.slots, reply.answer.committed_tokens) == ((), 2)
+
+
+def test_windows_without_rows_use_up_credit_like_others() -> None:
+    empty = WindowReceived(Window(1, ()), b"")
+    state, _ = run(stage(), *[empty] * (INITIAL_CREDIT_BYTES // WINDOW_COST_BYTES))
+    with pytest.raises(ProtocolViolation, match="without credit"):
+        run(state, empty)
+
+
+def test_rows_of_a_window_and_slots_in_flight_are_bounded_whatever_the_lease() -> None:
+    state = stage(lease_tokens=100_000, row_bytes=1)
+    many = Window(1, (SlotRun(0, MAX_WINDOW_ROWS + 1, -1),))
+    with pytest.raises(ProtocolViolation, match="at most 512"):
+        run(state, WindowReceived(many, bytes(MAX_WINDOW_ROWS + 1)))
+    windows = [
+        WindowReceived(Window(1, (SlotRun(first, MAX_WINDOW_ROWS, first - 1),)), bytes(MAX_WINDOW_ROWS))
+        for first in range(0, MAX_ALIVE_SLOTS + 1, MAX_WINDOW_ROWS)
+    ]
+    state, _ = run(state, *windows[:-1])
+    with pytest.raises(ProtocolViolation, match="not committed"):
+        run(state, windows[-1])
 
 
 def test_an_answer_acknowledges_only_commits_that_were_computed() -> None:

@@ -180,6 +180,75 @@ def test_aclose_ends_the_iteration_elsewhere(model: Path) -> None:
     assert run_virtual(run()) == "cancelled"
 
 
+def test_aclose_frees_the_stages_though_nobody_iterates_on(model: Path) -> None:
+    async def run() -> None:
+        async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
+            generation = made.swarm.generate(PROMPT, FP32)
+            tokens = aiter(generation)
+            await anext(tokens)
+            await generation.aclose()
+            await made.settle()
+
+    run_virtual(run())
+
+
+def test_a_session_that_only_sends_heartbeats_loses_its_lease(model: Path) -> None:
+    async def run() -> None:
+        async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
+            options = GenerateOptions(max_tokens=1, codec="fp32", ignore_eos=True)
+            generation = made.swarm.generate(PROMPT, options)
+            tokens = aiter(generation)
+            await anext(tokens)
+            assert all(made.kv_in_use())
+            await asyncio.sleep(130)
+            assert made.kv_in_use() == [0, 0, 0]
+
+    run_virtual(run())
+
+
+def test_a_full_node_is_gone_round_where_another_serves_the_same_layers(model: Path) -> None:
+    async def run() -> None:
+        config = WorldConfig(model=model, cuts=(3,), replicas=2, kv_tokens=100)
+        async with world(config) as made:
+            held = [aiter(made.swarm.generate(PROMPT, FP32)), aiter(made.swarm.generate(PROMPT, FP32))]
+            for tokens in held:
+                await anext(tokens)
+            assert all(made.kv_in_use())
+            for tokens in held:
+                await tokens.aclose()
+            await made.settle()
+
+    run_virtual(run())
+
+
+def test_a_node_that_died_unnoticed_is_gone_round(model: Path) -> None:
+    async def run() -> None:
+        async with world(WorldConfig(model=model, cuts=(3,), replicas=2)) as made:
+            made.network.crash(made.nodes[0].node_id)
+            made.network.crash(made.nodes[3].node_id)
+            assert len(await ids_of(made)) == 24
+            assert len(await ids_of(made)) == 24
+
+    run_virtual(run())
+
+
+def test_the_links_of_two_stages_breaking_names_both_ends(model: Path) -> None:
+    async def run() -> FarflungError:
+        async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
+            started = asyncio.Event()
+            task = asyncio.create_task(fails(made, started))
+            await started.wait()
+            first, second = made.nodes[0].node_id, made.nodes[1].node_id
+            made.network.cut(first, second)
+            error = await task
+            await made.settle()
+            assert first[:8] in error.message
+            assert second[:8] in error.message
+            return error
+
+    assert isinstance(run_virtual(run()), StageLost)
+
+
 async def fails(made: World, break_it: asyncio.Event | None = None, options: GenerateOptions = FP32) -> FarflungError:
     try:
         async for _ in made.swarm.generate(PROMPT, options):

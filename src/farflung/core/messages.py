@@ -22,6 +22,9 @@ from farflung.core.window import Commit, SlotRun, SlotSpan
 
 LINK_CHANNEL = 0
 
+MAX_DECODE_ROWS = 64
+"""A window with more rows is scheduled as prefill, whatever it wants."""
+
 
 class Hello(Struct, frozen=True, array_like=True, tag=0):
     """First message each way. ``versions`` is the lowest and highest protocol version spoken."""
@@ -105,8 +108,8 @@ class Window(Struct, frozen=True, array_like=True, tag=5):
 
     @property
     def is_decode(self) -> bool:
-        """Every row wants an answer. A prompt chunk wants none, or that of its last row."""
-        return sum(span.count for span in self.want) == self.rows
+        """A few rows that all want an answer. A prompt chunk wants none, or that of its last row."""
+        return 0 < self.rows <= MAX_DECODE_ROWS and sum(span.count for span in self.want) == self.rows
 
 
 class Answer(Struct, frozen=True, array_like=True, tag=6):
@@ -134,7 +137,8 @@ class Credit(Struct, frozen=True, array_like=True, tag=7):
 
 
 class Fault(Struct, frozen=True, array_like=True, tag=8):
-    """The session failed at ``node_id``; the channel ends. ``code`` names an error of ``core.errors``."""
+    """The session failed; the channel ends. ``node_id`` is the stage at fault, as far as the reporting one knows; ``code``
+    names an error of ``core.errors``."""
 
     node_id: NodeId
     code: str

@@ -57,6 +57,10 @@ class Commit(Struct, frozen=True, array_like=True):
     start: int
     spans: tuple[SlotSpan, ...]
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= MAX_SLOT:
+            raise ProtocolViolation(f"a commit at position {self.start} is out of range")
+
     @property
     def count(self) -> int:
         return sum(span.count for span in self.spans)

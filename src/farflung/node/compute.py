@@ -13,7 +13,7 @@ from farflung.node.table import SessionTable
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """``max_step_rows`` bounds the rows of one step; a single larger window still goes alone."""
+    """``max_step_rows``: see ``choose_batch``."""
 
     max_step_rows: int = 256
 
@@ -34,7 +34,7 @@ async def compute_forever(table: SessionTable, backend: StageBackend, config: Co
         report = await backend.step([session.start_step() for session in batch])
         if len(report.results) != len(batch):
             raise ProtocolViolation(f"the backend returned {len(report.results)} results for {len(batch)} windows")
-        queue_rows = sum(waiting.rows for waiting in _waiting(table.ready_sessions))
+        queue_rows = table.queue_rows - sum(session.state.queue[0].window.rows for session in batch if not session.over)
         for session, result in zip(batch, report.results, strict=True):
             session.finish_step(result, report.compute_s * 1e3, queue_rows)
 

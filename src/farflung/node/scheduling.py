@@ -22,15 +22,21 @@ def choose_batch(waiting: Sequence[Waiting], max_rows: int) -> list[SessionId]:
 
     Args:
         waiting: in order of arrival.
-        max_rows: bound on the rows of one step, so that a long prompt never holds up a decode for longer than that.
+        max_rows: rows that decode may fill, and further prefill as far as there is room.
 
-    Decode goes before prefill; within a kind the oldest goes first; one window always goes, however large.
+    Decode goes first, oldest first. The oldest prefill always goes along, so that neither kind starves the other: a running
+    session is delayed by one prompt chunk per step at most.
     """
+    decode = [item for item in waiting if item.is_decode]
+    prefill = [item for item in waiting if not item.is_decode]
     chosen: list[SessionId] = []
     rows = 0
-    for item in sorted(waiting, key=lambda item: not item.is_decode):
-        if chosen and rows + item.rows > max_rows:
-            break
-        chosen.append(item.session)
-        rows += item.rows
+    for item in decode:
+        if not chosen or rows + item.rows <= max_rows:
+            chosen.append(item.session)
+            rows += item.rows
+    for index, item in enumerate(prefill):
+        if index == 0 or rows + item.rows <= max_rows:
+            chosen.append(item.session)
+            rows += item.rows
     return chosen

@@ -21,8 +21,8 @@ from farflung.swarm.announcer import Announcer, AnnouncerConfig
 from farflung.swarm.directory import Directory
 from farflung.swarm.records import NodeRecord, Query
 from farflung.swarm.roster import Roster
-from farflung.transport.lines import LinkPool
-from farflung.transport.link import Listener, Transport
+from farflung.transport.lines import Line, LinkPool
+from farflung.transport.link import Frame, Listener, Transport
 
 log = structlog.get_logger(__name__)
 
@@ -83,11 +83,8 @@ class Node:
         self._config = config
         self._ports = ports
         backend = ports.backend
-        self._table = SessionTable(config.table, self.node_id, backend, ports.clock, self._connect)
-        self._pool = LinkPool(
-            ports.transport, self._addresses_of, self._table.on_new_line, dial_timeout_s=config.dial_timeout_s
-        )
-        self._table.pool = self._pool
+        self._pool = LinkPool(ports.transport, self._addresses_of, self._on_new_line, dial_timeout_s=config.dial_timeout_s)
+        self._table = SessionTable(config.table, self.node_id, backend, self._pool, clock=ports.clock, connect=self._connect)
         self._roster = Roster(ports.directory, Query(model=backend.spec.digest, beside=backend.layers))
         self._announcer = Announcer(
             AnnouncerConfig(ttl_s=config.record_ttl_s),
@@ -173,6 +170,9 @@ class Node:
                 await self._listener.close()
             await self._pool.close()
             await self._ports.transport.close()
+
+    def _on_new_line(self, line: Line, frame: Frame) -> None:
+        self._table.on_new_line(line, frame)
 
     def _connect(self, session: StageSession) -> None:
         if self._group is not None:

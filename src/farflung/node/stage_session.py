@@ -6,13 +6,14 @@ predecessor --windows--> [ this stage ] --windows--> successor
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from msgspec.structs import replace
 
-from farflung.core.errors import Cancelled, FarflungError, LinkError, ProtocolViolation, StageLost, error_from_code
+from farflung.core.errors import Cancelled, FarflungError, ProtocolViolation, StageLost, error_from_code
 from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import Close, Credit, Fault, Message, Open, OpenText, Report, Window
 from farflung.core.route import Hop
@@ -33,7 +34,6 @@ from farflung.protocol.stage import (
 from farflung.transport.lines import Line, LinkPool, try_send
 from farflung.transport.link import Buffer, Frame, Priority
 from farflung.wire.codec import codec
-from farflung.wire.frame import encode_frame, frame_size
 
 TOKEN_BYTES = 4
 
@@ -93,7 +93,7 @@ class SessionHost(Protocol):
     def ready(self, session: StageSession) -> None:
         """It has a window to compute."""
 
-    def ended(self, session: StageSession, error: FarflungError | None) -> None:
+    def ended(self, session: StageSession, fault: Fault | None) -> None:
         """It is over: free its KV, remember its end."""
 
 
@@ -108,6 +108,7 @@ class StageSession:
     successor: Line | None = None
     meter: Meter = field(init=False)
     over: bool = False
+    active_s: float = 0.0
     state: StageState = field(init=False)
     _unsent: list[Forward] = field(default_factory=list)
 
@@ -137,7 +138,7 @@ class StageSession:
         """The owner's own line is up: held answers go out."""
         self.owner = owner
         owner.bind(self)
-        self._feed(OwnerAttached())
+        self._feed_or_end(OwnerAttached())
 
     async def connect(self) -> None:
         """Opens the session at the next stage, then sends what was computed meanwhile. Ends the session where that fails."""
@@ -147,12 +148,7 @@ class StageSession:
         try:
             line = await self.host.pool.line(hop.node_id, self)
         except FarflungError as error:
-            self.end(
-                StageLost(
-                    f"node {short(self.host.node_id)} cannot reach node {short(hop.node_id)} (layers {hop.layers}): {error}",
-                    hint=error.hint,
-                )
-            )
+            self.end(self._lost("cannot reach", hop.node_id, error), at_fault=hop.node_id)
             return
         if self.over:
             try_send(line, Close("the session ended"))
@@ -164,8 +160,8 @@ class StageSession:
             unsent, self._unsent = self._unsent, []
             for forward in unsent:
                 self._forward(forward)
-        except LinkError as error:
-            self.end(error)
+        except FarflungError as error:  # the link is gone again, or will not take the rows
+            self.end(self._lost("cannot send to", hop.node_id, error), at_fault=hop.node_id)
 
     def on_frame(self, line: Line, frame: Frame) -> None:
         message = frame.message
@@ -176,7 +172,9 @@ class StageSession:
                 case Credit() if line is self.successor:
                     self._feed(CreditReceived(message.bytes))
                 case Fault() if line is self.successor:
-                    self.end(error_from_code(message.code, message.message, message.hint), origin=message.node_id)
+                    on_route = any(hop.node_id == message.node_id for hop in self.opening.text.route.hops)
+                    at_fault = message.node_id if on_route else line.peer
+                    self.end(error_from_code(message.code, message.message, message.hint), at_fault=at_fault)
                 case Close() if line is self.owner:
                     self.end(None)
                 case Close() if line is self.predecessor:
@@ -193,10 +191,7 @@ class StageSession:
             self.end(error)
 
     def on_lost(self, line: Line, error: FarflungError) -> None:
-        if line is self.owner or line is self.predecessor:
-            self.end(error)
-        elif line is self.successor:
-            self.end(StageLost(f"node {short(line.peer)} is gone: {error}", hint="another node must take its layers"))
+        self.end(self._lost("lost its link to", line.peer, error), at_fault=line.peer)
 
     # -- computing ---------------------------------------------------------------------------------------------------
 
@@ -222,26 +217,24 @@ class StageSession:
             self.end(result.error)
             return
         self.meter.computed(self.state.queue[0].window, step_ms)
-        try:
-            self._feed(StepDone(result.rows, result.tokens, queue_rows, step_ms))
-        except FarflungError as error:  # a link that is down or cannot take more
-            self.end(error)
+        self._feed_or_end(StepDone(result.rows, result.tokens, queue_rows, step_ms))
 
-    def end(self, error: FarflungError | None, *, origin: NodeId | None = None) -> None:
+    def end(self, error: FarflungError | None, *, at_fault: NodeId | None = None) -> None:
         """Ends the session here. The owner hears a report or the fault; without an owner the predecessor relays it."""
         if self.over:
             return
         self.over = True
+        self._unsent.clear()
+        fault = None if error is None else fault_of(error, at_fault or self.host.node_id)
+        self.host.ended(self, fault)
         try_send(self.successor, Close("the session ended"))
-        if error is None:
+        if fault is None:
             try_send(self.owner, self.meter.report)
         else:
-            try_send(self.owner or self.predecessor, fault_of(error, origin or self.host.node_id))
+            try_send(self.owner or self.predecessor, fault)
         for line in (self.predecessor, self.owner, self.successor):
             if line is not None:
                 line.release()
-        self._unsent.clear()
-        self.host.ended(self, error)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -255,7 +248,14 @@ class StageSession:
                 raise ProtocolViolation(
                     f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {self.host.vocab_size}"
                 )
+        self.active_s = asyncio.get_running_loop().time()
         self._feed(WindowReceived(window, payload))
+
+    def _feed_or_end(self, event: StageEvent) -> None:
+        try:
+            self._feed(event)
+        except FarflungError as error:  # a broken rule, a link that is down or cannot take more
+            self.end(error)
 
     def _feed(self, event: StageEvent) -> None:
         """Advances the machine and performs its effects. Raises what breaks a rule, or a link that cannot take more."""
@@ -280,8 +280,15 @@ class StageSession:
     def _send(self, line: Line | None, message: Message, buffers: tuple[Buffer, ...], *, is_decode: bool) -> None:
         if line is None:
             return
-        line.send(message, buffers, Priority.DECODE if is_decode else Priority.PREFILL)
-        self.meter.sent(frame_size(encode_frame(message, buffers)), is_decode=is_decode)
+        size = line.send(message, buffers, Priority.DECODE if is_decode else Priority.PREFILL)
+        self.meter.sent(size, is_decode=is_decode)
+
+    def _lost(self, what: str, peer: NodeId, error: FarflungError) -> StageLost:
+        layers = next((f" (layers {hop.layers})" for hop in self.opening.text.route.hops if hop.node_id == peer), "")
+        return StageLost(
+            f"node {short(self.host.node_id)} {what} node {short(peer)}{layers}: {error}",
+            hint=error.hint or "another node must take its layers",
+        )
 
 
 def fault_of(error: FarflungError, node_id: NodeId) -> Fault:

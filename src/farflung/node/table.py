@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from farflung.core.errors import FarflungError, ProtocolViolation, SessionRefused, StageLost
+from farflung.core.errors import DeadlineExceeded, FarflungError, ProtocolViolation, SessionRefused, StageLost
 from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import Attach, Close, Fault, Open, OpenText
 from farflung.engine.backend import SessionSpec, StageBackend
@@ -32,14 +32,16 @@ class TableConfig:
         max_sessions_per_owner: of one driver.
         max_waiting_owners_per_peer: owner lines whose session has not been opened yet.
         owner_wait_s: how long an owner's line waits for its session, and a session for its owner's line.
+        idle_timeout_s: a session that gets no window for that long ends: KV is not to be held by heartbeats alone.
         tombstones: ended sessions remembered.
     """
 
     codecs: frozenset[str] = frozenset({"fp32", "bf16", "int8"})
-    max_sessions: int = 1024
-    max_sessions_per_owner: int = 256
+    max_sessions: int = 256
+    max_sessions_per_owner: int = 64
     max_waiting_owners_per_peer: int = 256
     owner_wait_s: float = 10.0
+    idle_timeout_s: float = 120.0
     tombstones: int = 4096
 
 
@@ -50,8 +52,9 @@ class SessionTable:
         config: see above.
         node_id: this node.
         backend: holds the KV.
+        pool: the node's links.
         clock: wall clock, seconds since 1970.
-        spawn: runs a coroutine in a task that the node owns.
+        connect: runs ``StageSession.connect`` in a task that the node owns.
     """
 
     def __init__(
@@ -59,39 +62,32 @@ class SessionTable:
         config: TableConfig,
         node_id: NodeId,
         backend: StageBackend,
+        pool: LinkPool,
+        *,
         clock: Callable[[], float],
-        spawn: Callable[[StageSession], None],
+        connect: Callable[[StageSession], None],
     ) -> None:
         self._config = config
         self._node_id = node_id
         self._backend = backend
         self._clock = clock
-        self._spawn_connect = spawn
+        self._connect = connect
+        self.pool = pool
         self._sessions: dict[SessionId, StageSession] = {}
-        self._waiting_owners: dict[SessionId, WaitingOwner] = {}
+        self._timers: dict[SessionId, asyncio.TimerHandle] = {}
+        self._waiting_owners: dict[tuple[SessionId, NodeId], WaitingOwner] = {}
         self._tombstones: OrderedDict[SessionId, Fault | None] = OrderedDict()
         self._ready: dict[SessionId, StageSession] = {}
         self.draining = False
         self.wake = asyncio.Event()
         self.empty = asyncio.Event()
         self.empty.set()
-        self._pool: LinkPool | None = None
 
     # -- SessionHost -------------------------------------------------------------------------------------------------
 
     @property
     def node_id(self) -> NodeId:
         return self._node_id
-
-    @property
-    def pool(self) -> LinkPool:
-        if self._pool is None:
-            raise ProtocolViolation("a session was opened before the node has links")
-        return self._pool
-
-    @pool.setter
-    def pool(self, pool: LinkPool) -> None:
-        self._pool = pool
 
     @property
     def vocab_size(self) -> int:
@@ -105,11 +101,12 @@ class SessionTable:
         self._ready.setdefault(session.id, session)
         self.wake.set()
 
-    def ended(self, session: StageSession, error: FarflungError | None) -> None:
+    def ended(self, session: StageSession, fault: Fault | None) -> None:
         del self._sessions[session.id]
         self._ready.pop(session.id, None)
+        self._timers.pop(session.id).cancel()
         self._backend.close(session.id)
-        self._bury(session.id, None if error is None else fault_of(error, self._node_id))
+        self._bury(session.id, fault)
         if not self._sessions:
             self.empty.set()
 
@@ -123,6 +120,11 @@ class SessionTable:
     def ready_sessions(self) -> list[StageSession]:
         """Those with a window to compute, in order of arrival."""
         return list(self._ready.values())
+
+    @property
+    def queue_rows(self) -> int:
+        """Rows that are not computed yet, of all sessions."""
+        return sum(pending.window.rows for session in self._sessions.values() for pending in session.state.queue)
 
     @property
     def waiting_owners(self) -> int:
@@ -163,21 +165,31 @@ class SessionTable:
                 SessionSpec(session=text.session, lease_tokens=text.lease_tokens, sampling=text.sampling, codec=text.codec)
             )
         except FarflungError as error:
-            fault = fault_of(error, self._node_id)
-            try_send(line, fault)
-            if text.session not in self._sessions:
-                waiting = self._waiting_owners.get(text.session)
-                if waiting is not None and waiting.line.peer == text.owner:
-                    try_send(waiting.line, fault)
-                    waiting.leave()
-                self._bury(text.session, fault)
+            self._refuse(line, text, fault_of(error, self._node_id))
             return
         session = StageSession(self, opening, line)
+        session.active_s = asyncio.get_running_loop().time()
         self._sessions[session.id] = session
         self.empty.clear()
-        self._meet_owner(session)
-        if opening.successor is not None:
-            self._spawn_connect(session)
+        self._watch(session, self._config.owner_wait_s)
+        waiting = self._waiting_owners.get((session.id, text.owner))
+        if waiting is not None:
+            waiting.leave()
+            session.attach(waiting.line)
+        if opening.successor is not None and not session.over:
+            self._connect(session)
+
+    def _refuse(self, line: Line, text: OpenText, fault: Fault) -> None:
+        """Tells whoever brought the opening, and the owner, whose own line may be here or still come."""
+        try_send(line, fault)
+        if line.peer == text.owner or text.session in self._sessions:
+            return
+        waiting = self._waiting_owners.get((text.session, text.owner))
+        if waiting is not None:
+            try_send(waiting.line, fault)
+            waiting.leave()
+        if any(hop.node_id == line.peer for hop in text.route.hops):
+            self._bury(text.session, fault)
 
     def _checked(self, line: Line, text: OpenText, message: Open) -> Opening:
         index = check_open(
@@ -221,35 +233,46 @@ class SessionTable:
             try_send(line, fault_known or Close("the session is over"))
             return
         of_peer = sum(waiting.line.peer == line.peer for waiting in self._waiting_owners.values())
-        if message.session in self._waiting_owners or of_peer >= self._config.max_waiting_owners_per_peer:
+        if (message.session, line.peer) in self._waiting_owners:
+            refused = SessionRefused(
+                f"driver {short(line.peer)} has a line waiting for session {short(message.session)} already"
+            )
+            try_send(line, fault_of(refused, self._node_id))
+        elif of_peer >= self._config.max_waiting_owners_per_peer:
             refused = SessionRefused(f"driver {short(line.peer)} has {of_peer} lines waiting for their session, the limit")
             try_send(line, fault_of(refused, self._node_id))
-            return
-        self._waiting_owners[message.session] = WaitingOwner(self, message.session, line, self._config.owner_wait_s)
+        else:
+            waiting = WaitingOwner(self, message.session, line, self._config.owner_wait_s)
+            self._waiting_owners[message.session, line.peer] = waiting
 
-    def _meet_owner(self, session: StageSession) -> None:
-        if session.owner is not None:
-            return
-        waiting = self._waiting_owners.get(session.id)
-        if waiting is not None:
-            waiting.leave()
-            if waiting.line.peer == session.opening.text.owner:
-                session.attach(waiting.line)
-                return
+    # -- deadlines ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, session: StageSession, after_s: float) -> None:
         loop = asyncio.get_running_loop()
-        loop.call_later(self._config.owner_wait_s, self._owner_overdue, session)
+        self._timers[session.id] = loop.call_later(after_s, self._check, session)
 
-    def _owner_overdue(self, session: StageSession) -> None:
-        if session.owner is None and not session.over:
-            waited_s = self._config.owner_wait_s
-            session.end(StageLost(f"the owner of session {short(session.id)} did not come within {waited_s:.0f} s"))
+    def _check(self, session: StageSession) -> None:
+        """Ends a session without an owner or without work (rule 7: a lease ends with its owner's silence)."""
+        config = self._config
+        idle_s = asyncio.get_running_loop().time() - session.active_s
+        if session.owner is None:
+            session.end(StageLost(f"the owner of session {short(session.id)} did not come within {config.owner_wait_s:.0f} s"))
+        elif idle_s >= config.idle_timeout_s and not session.state.queue:
+            session.end(
+                DeadlineExceeded(
+                    f"session {short(session.id)} got no window for {idle_s:.0f} s",
+                    hint="open a new one when there is more to do",
+                )
+            )
+        else:
+            self._watch(session, max(1.0, config.idle_timeout_s - idle_s))
 
-    def leave(self, session: SessionId) -> None:
+    def leave(self, session: SessionId, owner: NodeId) -> None:
         """The owner's line does not wait any more."""
-        self._waiting_owners.pop(session, None)
+        self._waiting_owners.pop((session, owner), None)
 
     def _bury(self, session: SessionId, fault: Fault | None) -> None:
-        self._tombstones[session] = fault
+        self._tombstones.setdefault(session, fault)
         while len(self._tombstones) > self._config.tombstones:
             self._tombstones.popitem(last=False)
 
@@ -267,7 +290,7 @@ class WaitingOwner:
     def leave(self) -> None:
         self._timer.cancel()
         self.line.release()
-        self._table.leave(self._session)
+        self._table.leave(self._session, self.line.peer)
 
     def on_frame(self, line: Line, frame: Frame) -> None:
         """Only a close can come before the session is open."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from farflung.core.errors import FarflungError, PromptTooLong, ProtocolViolation, UsageError
+from farflung.core.ids import NodeId
 from farflung.core.messages import Answer, Window
 from farflung.core.model import ModelSpec
 from farflung.core.tree import TokenTree
 from farflung.core.window import Commit, SlotRun, SlotSpan
 from farflung.protocol.credit import SenderCredit
+from farflung.protocol.limits import MAX_WINDOW_ROWS
 
 FIRST_EPOCH = 1
 TOKEN_BYTES = 4
@@ -53,6 +55,8 @@ def plan_generation(plan: GenerationPlan, spec: ModelSpec) -> GenerationPlan:
     bad = next((token for token in plan.prompt if not 0 <= token < plan.vocab_size), None)
     if bad is not None:
         raise UsageError(f"token id {bad} is outside the vocabulary of {plan.vocab_size}")
+    if not 1 <= plan.chunk_tokens <= MAX_WINDOW_ROWS:
+        raise UsageError(f"chunk_tokens is {plan.chunk_tokens}", hint=f"prompt chunks have 1 to {MAX_WINDOW_ROWS} tokens")
     if plan.lease_tokens > spec.context_tokens:
         raise PromptTooLong(
             f"{len(plan.prompt)} prompt tokens and {plan.max_tokens} more do not fit the {spec.context_tokens} of {spec.name}",
@@ -82,9 +86,10 @@ class CreditReceived:
 
 @dataclass(frozen=True)
 class Failed:
-    """A stage reported a fault, or its link is gone."""
+    """A stage reported a fault, or its link is gone. ``node_id`` names the stage at fault, where one is."""
 
     error: FarflungError
+    node_id: NodeId | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ class Finish:
 
     reason: str
     error: FarflungError | None = None
+    node_id: NodeId | None = None
 
 
 DriverEvent = Begin | AnswerReceived | CreditReceived | Failed | Stop
@@ -159,7 +165,7 @@ def advance(state: DriverState, event: DriverEvent) -> tuple[DriverState, tuple[
         case AnswerReceived():
             return _accept(state, event.answer)
         case Failed():
-            return replace(state, finished="error"), (Finish("error", event.error),)
+            return replace(state, finished="error"), (Finish("error", event.error, event.node_id),)
         case Stop():
             return replace(state, finished=event.reason), (Finish(event.reason),)
 
@@ -181,6 +187,8 @@ def _accept(state: DriverState, answer: Answer) -> tuple[DriverState, tuple[Driv
     if sum(span.count for span in answer.slots) > len(answer.tokens):
         raise ProtocolViolation(f"the tail answered with {len(answer.tokens)} tokens for more slots than that")
     slots = [slot for span in answer.slots for slot in span]
+    if not slots and not answer.tokens:
+        return state, ()  # an acknowledgement alone
     if state.waiting is None or slots != [state.waiting] or len(answer.tokens) != 1:
         raise ProtocolViolation(
             f"the tail answered slots {slots[:8]} with {len(answer.tokens)} tokens; wanted: slot {state.waiting}"

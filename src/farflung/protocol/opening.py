@@ -9,12 +9,15 @@ from farflung.core.ids import NodeId, parse_model_digest, parse_node_id, parse_s
 from farflung.core.messages import OpenText
 from farflung.core.model import LayerRange, ModelSpec
 
-OPEN_CONTEXT = "farflung/open/1"
+OPEN_CONTEXT = "open/1"
 """Domain of the owner's signature over an ``OpenText``."""
 
 MAX_OPEN_BYTES = 16 * 1024
-MAX_OPENING_AGE_S = 300.0
-"""How far in the future an opening may expire: bounds how long a tombstone must remember it."""
+OPENING_VALID_S = 300.0
+"""An opening expires this long after it was signed."""
+
+CLOCK_SKEW_S = 300.0
+"""How far apart the wall clocks of two machines may be."""
 
 _decoder = msgspec.msgpack.Decoder(OpenText)
 
@@ -65,7 +68,7 @@ def check_open(
         raise ProtocolViolation(
             f"the route wants layers {text.route.hops[index].layers} of node {short(me)}, which serves {layers}"
         )
-    if not now_unix_s <= text.expires_unix_s <= now_unix_s + 2 * MAX_OPENING_AGE_S:
+    if not now_unix_s <= text.expires_unix_s <= now_unix_s + OPENING_VALID_S + CLOCK_SKEW_S:
         raise SessionRefused(
             f"the opening of session {short(text.session)} expires {text.expires_unix_s - now_unix_s:+.0f} s from now",
             hint="compare the clocks of the two machines",

@@ -17,6 +17,7 @@ from farflung.core.messages import Answer, Window
 from farflung.core.tree import TokenTree
 from farflung.core.window import SlotRun, spans_of
 from farflung.protocol.credit import ReceiverCredit, SenderCredit
+from farflung.protocol.limits import MAX_ALIVE_SLOTS, MAX_WINDOW_ROWS
 
 Payload = bytes | memoryview
 
@@ -84,11 +85,20 @@ StageEffect = Forward | Reply | ReturnCredit
 
 @dataclass(frozen=True)
 class PendingWindow:
-    """A window that waits for the compute thread, or is in it. ``runs``, ``want`` and ``payload`` hold alive slots only."""
+    """A window that waits for the compute thread, or is in it.
+
+    Attributes:
+        window, payload: with the slots that were alive when it came, no others.
+        received_bytes: of the payload as it came, for the credit.
+        committed_tokens: committed length with this window's commit.
+        wants_answer: it wanted one as it came; where all wanted slots are dead the acknowledgement still goes out.
+    """
 
     window: Window
     payload: Payload
     received_bytes: int
+    committed_tokens: int
+    wants_answer: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +136,9 @@ class StageState:
 
     @property
     def ready(self) -> PendingWindow | None:
-        """The window to compute next, if none is being computed."""
-        return None if self.computing or not self.queue else self.queue[0]
+        """The window to compute next: none while one is being computed, or while the successor has not taken the last one's
+        rows - what waits here is bounded by what the predecessor may send, not by what it turns into."""
+        return None if self.computing or self.outbox or not self.queue else self.queue[0]
 
 
 def advance(state: StageState, event: StageEvent) -> tuple[StageState, tuple[StageEffect, ...]]:
@@ -154,6 +165,8 @@ def _receive(state: StageState, event: WindowReceived) -> StageState:
         raise ProtocolViolation(
             f"a window of {window.rows} rows carries {size} bytes, expected {window.rows * state.row_bytes}"
         )
+    if window.rows > MAX_WINDOW_ROWS:
+        raise ProtocolViolation(f"a window has {window.rows} rows, at most {MAX_WINDOW_ROWS} are allowed")
     if window.rows > state.lease_tokens:
         raise LeaseExceeded(f"a window of {window.rows} rows is larger than the lease of {state.lease_tokens} tokens")
     if sum(span.count for span in window.want) > window.rows:
@@ -174,11 +187,13 @@ def _receive(state: StageState, event: WindowReceived) -> StageState:
             )
         tree, died = tree.commit(window.commit)
         dead = dead | died
+    if len(tree.alive) > MAX_ALIVE_SLOTS:
+        raise ProtocolViolation(f"{len(tree.alive)} slots are not committed, at most {MAX_ALIVE_SLOTS} are allowed")
     receiver = state.receiver.receive(size)
-    if dead.isdisjoint(new_slots):
-        pending = PendingWindow(window, payload, size)
-    else:
-        pending = PendingWindow(*_without(window, payload, dead, state.row_bytes), received_bytes=size)
+    wants_answer = bool(window.want)
+    if not dead.isdisjoint(new_slots):
+        window, payload = _without(window, payload, dead, state.row_bytes)
+    pending = PendingWindow(window, payload, size, tree.committed_tokens, wants_answer)
     return replace(state, tree=tree, receiver=receiver, queue=(*state.queue, pending))
 
 
@@ -208,12 +223,12 @@ def _computed(state: StageState, event: StepDone) -> tuple[StageState, tuple[Sta
         state = replace(state, outbox=(*state.outbox, Forward(pending.window, event.rows or b"")))
         state, sent = _flush(state)
         return state, (*sent, *effects)
-    if not pending.window.want:
+    if not pending.wants_answer:
         return state, effects  # a prompt chunk: nobody waits for its acknowledgement
     answer = Answer(
         slots=pending.window.want,
         tokens=event.tokens,
-        committed_tokens=_committed_before(state, rest),
+        committed_tokens=pending.committed_tokens,
         queue_rows=event.queue_rows,
         stage_ms=event.step_ms,
     )
@@ -222,20 +237,12 @@ def _computed(state: StageState, event: StepDone) -> tuple[StageState, tuple[Sta
     return replace(state, held_answers=(*state.held_answers, answer)), effects
 
 
-def _committed_before(state: StageState, waiting: list[PendingWindow]) -> int:
-    """Commit applied once what was computed so far is: the tree runs ahead of the computing by the commits that wait."""
-    for pending in waiting:
-        if pending.window.commit is not None:
-            return pending.window.commit.start
-    return state.tree.committed_tokens
-
-
 def _flush(state: StageState) -> tuple[StageState, tuple[StageEffect, ...]]:
     """Everything in the outbox that the successor's credit allows, in order."""
-    sent: list[StageEffect] = []
-    outbox, sender = state.outbox, state.sender
-    while outbox and sender.may_send:
-        sender = sender.spend(len(outbox[0].payload))
-        sent.append(outbox[0])
-        outbox = outbox[1:]
-    return replace(state, outbox=outbox, sender=sender), tuple(sent)
+    sent: list[Forward] = []
+    sender = state.sender
+    while len(sent) < len(state.outbox) and sender.may_send:
+        forward = state.outbox[len(sent)]
+        sender = sender.spend(len(forward.payload))
+        sent.append(forward)
+    return replace(state, outbox=state.outbox[len(sent) :], sender=sender), tuple(sent)

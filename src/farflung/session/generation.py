@@ -7,7 +7,8 @@ not on that path.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +17,16 @@ from farflung.core.errors import (
     Cancelled,
     DeadlineExceeded,
     FarflungError,
+    LinkError,
     ProtocolViolation,
+    SessionRefused,
     StageLost,
     UsageError,
     error_from_code,
     first_cause,
 )
 from farflung.core.ids import NodeId, short
-from farflung.core.messages import Answer, Attach, Close, Credit, Fault, Open, OpenText, Report
+from farflung.core.messages import Answer, Attach, Close, Credit, Fault, Open, OpenText, Report, Window
 from farflung.core.route import Hop
 from farflung.identity.keys import Identity
 from farflung.protocol.driver import (
@@ -47,6 +50,9 @@ from farflung.text.stop import StopStrings
 from farflung.transport.lines import Line, LinkPool, try_send
 from farflung.transport.link import Frame, Priority
 
+MAX_DETOURS = 3
+"""Nodes that one generation goes round before it gives up."""
+
 REPORT_WAIT_S = 0.5
 """How long the end of a generation waits for the stages' reports."""
 
@@ -66,7 +72,7 @@ class GenerationSetup:
     Attributes:
         identity: the owner's key, which signs the opening.
         pool: the driver's links.
-        opening: chooses the route and states what is to be signed.
+        opening: chooses a route that avoids the given nodes, and states what is to be signed.
         plan: prompt, lengths and end tokens.
         detokenizer: token ids to text; None gives tokens without text.
         stop: strings that end it.
@@ -75,18 +81,37 @@ class GenerationSetup:
 
     identity: Identity
     pool: LinkPool
-    opening: Callable[[], Awaitable[OpenText]]
+    opening: Callable[[frozenset[NodeId]], Awaitable[OpenText]]
     plan: GenerationPlan
     detokenizer: Detokenizer | None
     stop: StopStrings | None
     answer_timeout_s: float
 
 
+@dataclass
+class _Stage:
+    """The line to one stage, what its link had carried when it was taken, and the stage's report once it is here."""
+
+    line: Line
+    sent_before: int
+    received_before: int
+    report: Report | None = None
+
+    @classmethod
+    def at(cls, line: Line) -> _Stage:
+        return cls(line, *_carried(line))
+
+    def carried(self) -> tuple[int, int]:
+        sent, received = _carried(self.line)
+        return sent - self.sent_before, received - self.received_before
+
+
 class Generation:
     """Iterate over it once for the tokens. Leaving the iteration early, or ``aclose``, cancels it at every stage.
 
-    Iterating raises StageLost, StageFailed, SessionRefused and the like (as the stage reported it), LayersMissing where no
-    route exists, DeadlineExceeded.
+    Before the first token a node that refuses or cannot be reached is avoided and another route tried. Iterating raises
+    StageLost, StageFailed, SessionRefused and the like (as the stage reported it), LayersMissing where no route exists,
+    DeadlineExceeded.
 
     Attributes:
         stats: live figures.
@@ -97,12 +122,12 @@ class Generation:
         self._setup = setup
         self._state = DriverState(plan=setup.plan)
         self._opening: OpenText | None = None
-        self._lines: dict[NodeId, Line] = {}
+        self._stages: dict[NodeId, _Stage] = {}
         self._emitted: asyncio.Queue[int | Finish] = asyncio.Queue()
-        self._reports: dict[NodeId, Report] = {}
         self._reported = asyncio.Event()
         self._last_token_s: float | None = None
-        self._started_s = 0.0
+        self._started_s: float | None = None
+        self._at_fault: NodeId | None = None
         self.stats = GenerationStats(prompt_tokens=len(setup.plan.prompt))
         self.finish_reason: str | None = None
 
@@ -110,8 +135,10 @@ class Generation:
         return self._run()
 
     async def aclose(self) -> None:
-        """Cancels it; whoever iterates sees its end."""
+        """Cancels it at every stage; whoever iterates sees its end."""
         self._feed(Stop("cancelled"))
+        if self.finish_reason is None:
+            self._say_goodbye("cancelled")
 
     async def text(self) -> str:
         """Runs to the end and returns the whole text."""
@@ -120,20 +147,42 @@ class Generation:
         return self.stats.text
 
     async def _run(self) -> AsyncGenerator[Token, None]:
-        if self._started_s:
+        if self._started_s is not None:
             raise UsageError("a generation can be iterated only once", hint="call generate() again")
         self._started_s = asyncio.get_running_loop().time()
-        sent_before, received_before = self._link_bytes()
+        avoid: frozenset[NodeId] = frozenset()
+        self._opening = await self._setup.opening(avoid)
+        while True:
+            try:
+                async with aclosing(self._attempt(self._opening)) as tokens:
+                    async for token in tokens:
+                        yield token
+                return
+            except (SessionRefused, StageLost) as error:
+                culprit = self._at_fault
+                if self.stats.token_ids or culprit is None or len(avoid) >= MAX_DETOURS:
+                    raise
+                avoid |= {culprit}
+                try:
+                    self._opening = await self._setup.opening(avoid)
+                except FarflungError:
+                    raise error from None  # there is no other way: the first reason is the one to tell
+                self._state = DriverState(plan=self._setup.plan)
+                self._emitted = asyncio.Queue()
+                self._at_fault = None
+
+    async def _attempt(self, opening: OpenText) -> AsyncGenerator[Token, None]:
+        """One route, to the end of the text or to a failure."""
+        self.stats.route = opening.route
+        self._stages = {}
+        self._reported = asyncio.Event()
         try:
-            self._opening = await self._setup.opening()
-            self.stats.route = self._opening.route
-            await self._open(self._opening)
-            async for token in self._consume():
-                yield token
+            await self._open(opening)
+            async with aclosing(self._consume()) as tokens:
+                async for token in tokens:
+                    yield token
         finally:
-            await self._close()
-            sent, received = self._link_bytes()
-            self.stats.bytes_sent, self.stats.bytes_received = sent - sent_before, received - received_before
+            await self._close(opening)
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
@@ -152,17 +201,16 @@ class Generation:
         """A line to one stage. All are dialled in parallel; the first prompt chunk leaves as soon as the first stage is up."""
         try:
             line = await self._setup.pool.line(hop.node_id, self)
+            self._stages[hop.node_id] = _Stage.at(line)
+            if hop is opening.route.hops[0]:
+                text = encode_open_text(opening)
+                line.send(Open(text, self._setup.identity.sign(text, context=OPEN_CONTEXT)), (), Priority.PREFILL)
+                self._feed(Begin())
+            else:
+                line.send(Attach(opening.session))
         except FarflungError as error:
-            raise StageLost(
-                f"cannot reach node {short(hop.node_id)} (layers {hop.layers}): {error}", hint=error.hint
-            ) from error
-        self._lines[hop.node_id] = line
-        if hop is not opening.route.hops[0]:
-            line.send(Attach(opening.session))
-            return
-        text = encode_open_text(opening)
-        line.send(Open(text, self._setup.identity.sign(text, context=OPEN_CONTEXT)), (), Priority.PREFILL)
-        self._feed(Begin())
+            self._at_fault = hop.node_id
+            raise self._lost(hop.node_id, "cannot be reached", error) from error
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -179,6 +227,7 @@ class Generation:
                 ) from None
             if isinstance(emitted, Finish):
                 if emitted.error is not None:
+                    self._at_fault = emitted.node_id
                     raise emitted.error
                 self.finish_reason = emitted.reason
                 tail = setup.detokenizer.finish() if setup.detokenizer is not None else ""
@@ -218,30 +267,34 @@ class Generation:
                 case Credit() if line.peer == hops[0].node_id:
                     self._feed(CreditReceived(message.bytes))
                 case Fault():
-                    self._feed(Failed(error_from_code(message.code, message.message, message.hint)))
+                    error = error_from_code(message.code, message.message, message.hint)
+                    self._feed(Failed(error, message.node_id))
                 case Report():
-                    self._reports[line.peer] = message
-                    if len(self._reports) == len(self._lines):
-                        self._reported.set()
+                    self._take_report(line, message)
                 case Close():
                     self._feed(Failed(Cancelled(f"node {short(line.peer)} closed the session: {message.reason[:200]}")))
                 case _:
                     raise ProtocolViolation(f"a {type(message).__name__} from node {short(line.peer)} means nothing here")
         except FarflungError as error:
-            self._feed(Failed(error))
+            self._feed(Failed(error, line.peer))
 
     def on_lost(self, line: Line, error: FarflungError) -> None:
-        self._lines.pop(line.peer, None)
         self._reported.set()
+        self._feed(Failed(self._lost(line.peer, "is gone", error), line.peer))
+
+    def _take_report(self, line: Line, report: Report) -> None:
+        stage = self._stages.get(line.peer)
+        if stage is not None:
+            stage.report = report
+        if all(stage.report is not None for stage in self._stages.values()):
+            self._reported.set()
+
+    def _lost(self, node_id: NodeId, what: str, error: FarflungError) -> StageLost:
         hops = self._opening.route.hops if self._opening is not None else ()
-        layers = next((hop.layers for hop in hops if hop.node_id == line.peer), None)
-        self._feed(
-            Failed(
-                StageLost(
-                    f"node {short(line.peer)} (layers {layers}) is gone: {error}",
-                    hint="start another node for these layers, or try again over another route",
-                )
-            )
+        layers = next((hop.layers for hop in hops if hop.node_id == node_id), None)
+        return StageLost(
+            f"node {short(node_id)} (layers {layers}) {what}: {error}",
+            hint="start another node for these layers, or try again over another route",
         )
 
     def _feed(self, event: DriverEvent) -> None:
@@ -249,56 +302,64 @@ class Generation:
         for effect in effects:
             match effect:
                 case SendWindow():
-                    window = effect.window
-                    ids = np.array(effect.token_ids, dtype="<i4").tobytes()
-                    self._first_line.send(window, (ids,), Priority.DECODE if window.is_decode else Priority.PREFILL)
-                    self.stats.rounds += len(window.want)
+                    self._send(effect.window, effect.token_ids)
                 case Emit():
                     self._time_token()
                     self._emitted.put_nowait(effect.token)
                 case Finish():
                     self._emitted.put_nowait(effect)
 
-    @property
-    def _first_line(self) -> Line:
+    def _send(self, window: Window, token_ids: Sequence[int]) -> None:
         if self._opening is None:
             raise ProtocolViolation("a window is to be sent before the route is known")
-        return self._lines[self._opening.route.hops[0].node_id]
+        first = self._opening.route.hops[0].node_id
+        ids = np.array(token_ids, dtype="<i4").tobytes()
+        try:
+            self._stages[first].line.send(window, (ids,), Priority.DECODE if window.is_decode else Priority.PREFILL)
+        except LinkError as error:
+            raise self._lost(first, "is gone", error) from error
+        self.stats.rounds += len(window.want)
 
     def _time_token(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        if self._last_token_s is None:
-            self.stats.ttft_s = now_s - self._started_s
-        else:
+        if self._last_token_s is not None:
             self.stats.inter_token_s.append(now_s - self._last_token_s)
+        elif self._started_s is not None:
+            self.stats.ttft_s = now_s - self._started_s
         self._last_token_s = now_s
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    async def _close(self) -> None:
+    async def _close(self, opening: OpenText) -> None:
         """Tells every stage, waits a moment for their reports after a good end, and lets the lines go."""
         self._feed(Stop("cancelled"))
-        for line in self._lines.values():
-            try_send(line, Close(self.finish_reason or "cancelled"))
-        if self.finish_reason is not None and self._lines:
+        self._say_goodbye(self.finish_reason or "cancelled")
+        if self.finish_reason in ("stop", "length") and self._stages:
             try:
                 async with asyncio.timeout(REPORT_WAIT_S):
                     await self._reported.wait()
             except TimeoutError:
                 pass  # a report is a courtesy: the text is complete without it
-        for line in self._lines.values():
-            line.release()
-        if self._opening is not None:
-            self.stats.stages = [
-                StageStats.of(hop.layers, self._reports[hop.node_id])
-                for hop in self._opening.route.hops
-                if hop.node_id in self._reports
-            ]
+        for stage in self._stages.values():
+            stage.line.release()
+            sent, received = stage.carried()
+            self.stats.bytes_sent += sent
+            self.stats.bytes_received += received
+        reports = {node_id: stage.report for node_id, stage in self._stages.items()}
+        self.stats.stages = [
+            StageStats.of(hop.layers, report) for hop in opening.route.hops if (report := reports.get(hop.node_id)) is not None
+        ]
 
-    def _link_bytes(self) -> tuple[int, int]:
-        """Sent and received so far over all links, heartbeats apart."""
-        stats = [link.stats for link in self._setup.pool.links]
-        return (
-            sum(each.bytes_sent - each.housekeeping_bytes_sent for each in stats),
-            sum(each.bytes_received - each.housekeeping_bytes_received for each in stats),
-        )
+    def _say_goodbye(self, reason: str) -> None:
+        """Closes the session at every stage. A second close finds nobody and is dropped there."""
+        for stage in self._stages.values():
+            try_send(stage.line, Close(reason))
+
+
+def _carried(line: Line) -> tuple[int, int]:
+    """Bytes sent and received so far over the line's link, heartbeats apart."""
+    stats = line.link.stats
+    return (
+        stats.bytes_sent - stats.housekeeping_bytes_sent,
+        stats.bytes_received - stats.housekeeping_bytes_received,
+    )

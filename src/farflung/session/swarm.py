@@ -20,7 +20,7 @@ from farflung.engine.source import open_source
 from farflung.identity.keys import Identity
 from farflung.planning.routes import RouteOptions, choose_route
 from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generation
-from farflung.protocol.opening import MAX_OPENING_AGE_S
+from farflung.protocol.opening import OPENING_VALID_S
 from farflung.session.generation import Generation, GenerationSetup
 from farflung.session.options import GenerateOptions
 from farflung.swarm.directory import Directory
@@ -160,40 +160,41 @@ class Swarm:
         """Answers a conversation (``role`` and ``content`` each) through the model's chat template. Raises UsageError."""
         return self.generate(self.tokenizer.encode_chat(messages), options)
 
-    async def route(self, lease_tokens: int) -> Route:
-        """The route a generation of that lease would take now.
+    async def route(self, lease_tokens: int, avoid: frozenset[NodeId] = frozenset()) -> Route:
+        """The route a generation of that lease would take now, around the nodes to ``avoid``.
 
         Raises NoSuchModel, DigestMismatch where only another model of that name is served, LayersMissing.
         """
-        try:
-            return self._route_over(self._roster.records, lease_tokens)
-        except LayersMissing:
-            # What the roster knows of free KV ages, and a node may just have come: ask once before giving up.
-            everything = await self._ports.directory.records()
+        options = RouteOptions(lease_tokens=lease_tokens, avoid=avoid, model=self.spec.name)
+        if not avoid:
+            try:
+                return self._route_over(self._roster.records, options)
+            except LayersMissing:
+                pass  # what the roster knows of free KV ages, and a node may just have come: ask once before giving up
+        everything = await self._ports.directory.records()
         served = find_model(everything, self.spec.digest if self._is_served(everything) else self.spec.name)
         if served.digest != self.spec.digest:
             raise DigestMismatch(
                 f"the swarm serves {self.spec.name} as {short(served.digest)}, the files here make {short(self.spec.digest)}",
                 hint="use the same weight files: compare `farflung models inspect` on both machines",
             )
-        return self._route_over(everything, lease_tokens)
+        return self._route_over(everything, options)
 
     def _is_served(self, records: Sequence[NodeRecord]) -> bool:
         return any(record.digest == self.spec.digest and record.status == "serving" for record in records)
 
-    def _route_over(self, records: Sequence[NodeRecord], lease_tokens: int) -> Route:
-        offers = offers_of(records, self.spec.digest, self.spec.layers)
-        return choose_route(offers, self.spec.layers, RouteOptions(lease_tokens=lease_tokens, model=self.spec.name))
+    def _route_over(self, records: Sequence[NodeRecord], options: RouteOptions) -> Route:
+        return choose_route(offers_of(records, self.spec.digest, self.spec.layers), self.spec.layers, options)
 
-    def _opening(self, plan: GenerationPlan, options: GenerateOptions) -> Callable[[], Awaitable[OpenText]]:
-        async def opening() -> OpenText:
+    def _opening(self, plan: GenerationPlan, options: GenerateOptions) -> Callable[[frozenset[NodeId]], Awaitable[OpenText]]:
+        async def opening(avoid: frozenset[NodeId]) -> OpenText:
             return OpenText(
                 session=SessionId(self._ports.random_bytes(16).hex()),
                 owner=self._ports.identity.node_id,
-                route=await self.route(plan.lease_tokens),
+                route=await self.route(plan.lease_tokens, avoid),
                 epoch=FIRST_EPOCH,
                 lease_tokens=plan.lease_tokens,
-                expires_unix_s=self._ports.clock() + MAX_OPENING_AGE_S,
+                expires_unix_s=self._ports.clock() + OPENING_VALID_S,
                 digest=self.spec.digest,
                 codec=options.codec,
                 sampling=options.sampling,

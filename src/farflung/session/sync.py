@@ -21,22 +21,39 @@ from farflung.session.swarm import Swarm
 
 _T = TypeVar("_T")
 
+UNWIND_TIMEOUT_S = 10.0
+"""How long an interrupted call may take to end in good order."""
+
 
 class _LoopThread:
     """An event loop in a daemon thread; ``run`` waits for a coroutine there, and cancels it when the wait is interrupted."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._running: set[asyncio.Task[Any] | None] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="farflung-loop", daemon=True)
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # KeyboardInterrupt must not leave the coroutine running
+            if future.cancel():  # interrupted: the coroutine must have ended before anything else is asked of it
+                asyncio.run_coroutine_threadsafe(self._until_idle(), self._loop).result(timeout=UNWIND_TIMEOUT_S)
             raise
+
+    async def _tracked(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        task = asyncio.current_task()
+        self._running.add(task)
+        try:
+            return await coroutine
+        finally:
+            self._running.discard(task)
+
+    async def _until_idle(self) -> None:
+        if running := [task for task in self._running if task is not None]:
+            await asyncio.wait(running)
 
     def close(self) -> None:
         self.run(self._loop.shutdown_asyncgens())
