@@ -44,9 +44,9 @@ from farflung.protocol.driver import (
     advance,
 )
 from farflung.protocol.opening import OPEN_CONTEXT, encode_open_text
+from farflung.session.stage_line import StageLine
 from farflung.session.stats import GenerationStats, StageStats
-from farflung.text.detokenize import Detokenizer
-from farflung.text.stop import StopStrings
+from farflung.session.text_output import TextOutput
 from farflung.transport.lines import Line, LinkPool, try_send
 from farflung.transport.link import Frame, Priority
 
@@ -74,8 +74,7 @@ class GenerationSetup:
         pool: the driver's links.
         opening: chooses a route that avoids the given nodes, and states what is to be signed.
         plan: prompt, lengths and end tokens.
-        detokenizer: token ids to text; None gives tokens without text.
-        stop: strings that end it.
+        output: makes text of the tokens, and knows where it stops.
         answer_timeout_s: the longest wait for one token.
     """
 
@@ -83,27 +82,8 @@ class GenerationSetup:
     pool: LinkPool
     opening: Callable[[frozenset[NodeId]], Awaitable[OpenText]]
     plan: GenerationPlan
-    detokenizer: Detokenizer | None
-    stop: StopStrings | None
+    output: TextOutput
     answer_timeout_s: float
-
-
-@dataclass
-class _Stage:
-    """The line to one stage, what its link had carried when it was taken, and the stage's report once it is here."""
-
-    line: Line
-    sent_before: int
-    received_before: int
-    report: Report | None = None
-
-    @classmethod
-    def at(cls, line: Line) -> _Stage:
-        return cls(line, *_carried(line))
-
-    def carried(self) -> tuple[int, int]:
-        sent, received = _carried(self.line)
-        return sent - self.sent_before, received - self.received_before
 
 
 class Generation:
@@ -122,7 +102,7 @@ class Generation:
         self._setup = setup
         self._state = DriverState(plan=setup.plan)
         self._opening: OpenText | None = None
-        self._stages: dict[NodeId, _Stage] = {}
+        self._stages: dict[NodeId, StageLine] = {}
         self._emitted: asyncio.Queue[int | Finish] = asyncio.Queue()
         self._reported = asyncio.Event()
         self._last_token_s: float | None = None
@@ -201,7 +181,7 @@ class Generation:
         """A line to one stage. All are dialled in parallel; the first prompt chunk leaves as soon as the first stage is up."""
         try:
             line = await self._setup.pool.line(hop.node_id, self)
-            self._stages[hop.node_id] = _Stage.at(line)
+            self._stages[hop.node_id] = StageLine.over(line)
             if hop is opening.route.hops[0]:
                 text = encode_open_text(opening)
                 line.send(Open(text, self._setup.identity.sign(text, context=OPEN_CONTEXT)), (), Priority.PREFILL)
@@ -215,14 +195,14 @@ class Generation:
     # -- running -----------------------------------------------------------------------------------------------------
 
     async def _consume(self) -> AsyncGenerator[Token, None]:
-        setup = self._setup
+        timeout_s = self._setup.answer_timeout_s
         while True:
             try:
-                async with asyncio.timeout(setup.answer_timeout_s):
+                async with asyncio.timeout(timeout_s):
                     emitted = await self._emitted.get()
             except TimeoutError:
                 raise DeadlineExceeded(
-                    f"no token came within {setup.answer_timeout_s:.0f} s",
+                    f"no token came within {timeout_s:.0f} s",
                     hint="a stage may be overloaded: see `farflung status`, or raise the timeout",
                 ) from None
             if isinstance(emitted, Finish):
@@ -230,14 +210,11 @@ class Generation:
                     self._at_fault = emitted.node_id
                     raise emitted.error
                 self.finish_reason = emitted.reason
-                tail = setup.detokenizer.finish() if setup.detokenizer is not None else ""
-                if setup.stop is not None:
-                    tail = setup.stop.push(tail).text_to_emit + setup.stop.finish().text_to_emit
-                if tail:
+                if tail := self._setup.output.finish():
                     self.stats.text += tail
                     yield Token(None, tail)
                 return
-            text, stopped = self._text_of(emitted)
+            text, stopped = self._setup.output.push(emitted)
             self.stats.token_ids.append(emitted)
             self.stats.text += text
             yield Token(emitted, text)
@@ -245,14 +222,6 @@ class Generation:
                 self.finish_reason = "stop"
                 self._feed(Stop("stop"))
                 return
-
-    def _text_of(self, token: int) -> tuple[str, bool]:
-        setup = self._setup
-        text = setup.detokenizer.push(token) if setup.detokenizer is not None else ""
-        if setup.stop is None:
-            return text, False
-        result = setup.stop.push(text)
-        return result.text_to_emit, result.stopped is not None
 
     def on_frame(self, line: Line, frame: Frame) -> None:
         message = frame.message
@@ -354,12 +323,3 @@ class Generation:
         """Closes the session at every stage. A second close finds nobody and is dropped there."""
         for stage in self._stages.values():
             try_send(stage.line, Close(reason))
-
-
-def _carried(line: Line) -> tuple[int, int]:
-    """Bytes sent and received so far over the line's link, heartbeats apart."""
-    stats = line.link.stats
-    return (
-        stats.bytes_sent - stats.housekeeping_bytes_sent,
-        stats.bytes_received - stats.housekeeping_bytes_received,
-    )

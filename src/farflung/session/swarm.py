@@ -23,6 +23,7 @@ from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generatio
 from farflung.protocol.opening import OPENING_VALID_S
 from farflung.session.generation import Generation, GenerationSetup
 from farflung.session.options import GenerateOptions
+from farflung.session.text_output import TextOutput
 from farflung.swarm.directory import Directory
 from farflung.swarm.http_client import HttpDirectory, HttpDirectoryConfig
 from farflung.swarm.offers import find_model, offers_of
@@ -150,8 +151,10 @@ class Swarm:
                 pool=self._pool,
                 opening=self._opening(plan_generation(plan, self.spec), options),
                 plan=plan,
-                detokenizer=None if self._tokenizer is None else Detokenizer(self._tokenizer, plan.prompt),
-                stop=StopStrings(options.stop) if options.stop else None,
+                output=TextOutput(
+                    None if self._tokenizer is None else Detokenizer(self._tokenizer, plan.prompt),
+                    StopStrings(options.stop) if options.stop else None,
+                ),
                 answer_timeout_s=options.answer_timeout_s,
             )
         )
