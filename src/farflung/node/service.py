@@ -149,6 +149,8 @@ class Node:
                 self._group = group
                 compute = group.create_task(compute_forever(self._table, self._ports.backend, self._config.compute))
                 async with self._roster, self._announcer:
+                    for background in (self._roster, self._announcer):
+                        group.create_task(background.ended())  # should one fail, so does the node, loudly
                     await self._announcer.announced(self._config.announce_timeout_s)
                     if not started.cancelled():
                         started.set_result(None)
