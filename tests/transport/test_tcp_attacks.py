@@ -132,6 +132,33 @@ def test_many_unfinished_connections_keep_nobody_out(monkeypatch: pytest.MonkeyP
     attack(scenario)
 
 
+def test_each_connection_that_comes_to_nothing_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "_MOST_GREETINGS", 2)
+
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        context = client_context(Identity.generate())
+        async with raw(victim, tls=context), raw(victim, tls=context), raw(victim, tls=context), raw(victim, tls=context):
+            await asyncio.sleep(2 * QUICK.handshake_timeout_s)
+        assert ["oldest" in str(error) for error in victim.refused] == [True, True, False, False]
+
+    attack(scenario)
+
+
+def test_a_connection_that_comes_while_the_listener_closes_keeps_nobody_waiting() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        for turns in range(4):
+            there = await world.listening()
+            with socket.create_connection(parse_address(there.address)):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                assert there.listener is not None
+                async with asyncio.timeout(3):
+                    await there.listener.close()
+                    await there.transport.close()
+
+    TcpWorld().run(scenario)
+
+
 AFTER_HELLO = [
     pytest.param(struct.pack("<HBBII", 16, 0b0001, 0, 2, 2**32 - 1) + bytes(12), FrameTooLarge, id="a frame of 4 GB"),
     pytest.param(b"\xff" * 4096, MalformedFrame, id="garbage"),

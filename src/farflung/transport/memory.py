@@ -108,10 +108,10 @@ class MemoryNetwork:
         self._listeners[real] = listener
         return real
 
-    def unlisten(self, listener: MemoryListener) -> None:
-        """Takes a listener away, if it is there."""
-        if self._listeners.get(listener.address) is listener:
-            del self._listeners[listener.address]
+    def unlisten(self, whose: MemoryListener | MemoryTransport) -> None:
+        """Takes a listener away, or all of a transport."""
+        for address in [at for at, listener in self._listeners.items() if whose in (listener, listener.transport)]:
+            del self._listeners[address]
 
     async def reach(self, caller: NodeId, address: str) -> MemoryListener:
         """The listener at an address, after the two round trips of tcp's and TLS's handshakes. Raises Unreachable."""
@@ -167,7 +167,6 @@ class MemoryTransport:
         self._node_id = node_id
         self._hello = hello
         self._uplink = Uplink()
-        self._listeners: dict[MemoryListener, None] = {}
         self._closed = False
 
     @property
@@ -180,14 +179,11 @@ class MemoryTransport:
         )
 
     async def listen(self, address: str, on_link: Callable[[Link], None]) -> Listener:
-        listener = MemoryListener(self, self._network, address, on_link)
-        self._listeners[listener] = None
-        return listener
+        return MemoryListener(self, self._network, address, on_link)
 
     async def close(self) -> None:
         self._closed = True
-        listeners, self._listeners = self._listeners, {}
-        await asyncio.gather(*(listener.close() for listener in listeners))
+        self._network.unlisten(self)
         await asyncio.gather(*(link.close() for link in self._network.links_of(self)))
 
     def attach(self, wire: MemoryWire, *, dialled: bool, on_greeted: OnGreeted) -> FrameLink:

@@ -6,7 +6,7 @@ import asyncio
 import errno
 from collections.abc import Callable, Sequence
 
-from farflung.core.errors import AddressInUse, FarflungError, Unreachable, UsageError, WrongPeer
+from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError, WrongPeer
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
 from farflung.identity import Identity, client_context, server_context
@@ -63,7 +63,7 @@ class TcpTransport:
     async def listen(self, address: str, on_link: Callable[[Link], None]) -> Listener:
         host, port = parse_address(address)
         loop = asyncio.get_running_loop()
-        listener = TcpListener(on_link, self._on_refused)
+        listener = TcpListener(on_link, self._on_refused, self._forget)
         try:
             server = await loop.create_server(lambda: self._accept(listener), host, port, backlog=_BACKLOG)
         except OSError as error:
@@ -74,8 +74,7 @@ class TcpTransport:
 
     async def close(self) -> None:
         self._closed = True
-        listeners, self._listeners = self._listeners, {}
-        await asyncio.gather(*(listener.close() for listener in listeners))
+        await asyncio.gather(*(listener.close() for listener in list(self._listeners)))
         await asyncio.gather(*(connection.close() for connection in list(self._setup.connections)))
 
     async def _dial(self, peer: NodeId, address: str) -> FrameLink:
@@ -118,15 +117,25 @@ class TcpTransport:
             raise
 
     def _accept(self, listener: TcpListener) -> TcpConnection:
+        if listener.closed:
+            # asyncio drops such a socket without a word to its protocol, so there had better be none.
+            raise LinkLost(f"a connection came to {listener.address} while that was closed")
         connection = TcpConnection(self._setup, self._server_context, _anybody, listener.on_greeted, dialled=False)
         listener.admit(connection)
         return connection
+
+    def _forget(self, listener: TcpListener) -> None:
+        self._listeners.pop(listener, None)
 
 
 class TcpListener:
     """See ``Listener``. Made by ``TcpTransport.listen``."""
 
-    def __init__(self, on_link: Callable[[Link], None], on_refused: OnRefused | None) -> None:
+    def __init__(
+        self, on_link: Callable[[Link], None], on_refused: OnRefused | None, on_closed: Callable[[TcpListener], None]
+    ) -> None:
+        self.closed = False
+        self._on_closed = on_closed
         self._on_link = on_link
         self._on_refused = on_refused
         self._server: asyncio.Server | None = None
@@ -147,8 +156,7 @@ class TcpListener:
         if len(self._greeting) >= _MOST_GREETINGS:
             oldest = next(iter(self._greeting))
             error = Unreachable(f"{len(self._greeting)} connections have not finished their handshake; the oldest was dropped")
-            self.on_greeted(oldest, None, error)
-            oldest.abort()
+            oldest.abort(error)
         self._greeting[connection] = None
 
     def on_greeted(self, connection: TcpConnection, link: FrameLink | None, error: FarflungError | None) -> None:
@@ -160,6 +168,8 @@ class TcpListener:
             self._on_refused(connection.remote, error)
 
     async def close(self) -> None:
+        self.closed = True
+        self._on_closed(self)
         if self._server is not None:
             self._server.close()  # and not wait_closed(): from Python 3.12.1 on that waits for all links, too
         await asyncio.gather(*(connection.close() for connection in list(self._greeting)))

@@ -122,12 +122,15 @@ class TcpConnection(asyncio.BufferedProtocol):
         except OSError:  # the peer has reset the connection and the loop does not know yet
             self.abort()
 
-    def abort(self) -> None:
-        """Ends the connection here and now."""
+    def abort(self, error: FarflungError | None = None) -> None:
+        """Ends the connection here and now; whoever waits for it or holds its link is told ``error``."""
+        is_news = not self._finishing
         self._finishing = True
         self._timer.cancel()
         if self._transport is not None:
             self._transport.abort()
+        if is_news:
+            self._tell(error or LinkLost(f"the connection with {self._name()} was broken off by this end"))
 
     async def ended(self) -> None:
         await asyncio.shield(self._ended)
@@ -139,9 +142,9 @@ class TcpConnection(asyncio.BufferedProtocol):
         if self._link is not None:
             await self._link.close()
         else:
-            self._greeted(None, LinkLost("this transport was closed during the handshake"))
-            self.abort()
-            await self.ended()
+            self.abort(LinkLost("this transport was closed during the handshake"))
+            # Not for ever: where a socket dies while it is accepted, asyncio may forget it without a word.
+            await asyncio.wait([self._ended], timeout=FLUSH_S)
 
     # ---- asyncio.BufferedProtocol ----
 
@@ -253,12 +256,14 @@ class TcpConnection(asyncio.BufferedProtocol):
     def _lose(self, message: str, hint: str) -> None:
         if self._finishing:
             return
-        error = LinkLost(message, hint=hint)
+        self._tell(LinkLost(message, hint=hint))
+        self.finish(self._loop.time() + FLUSH_S)
+
+    def _tell(self, error: FarflungError) -> None:
         if self._link is not None:
             self._link.on_wire_lost(error)
         else:
             self._greeted(None, error)
-        self.finish(self._loop.time() + FLUSH_S)
 
     def _greeted(self, link: FrameLink | None, error: FarflungError | None) -> None:
         tell, self._on_greeted = self._on_greeted, None
