@@ -161,6 +161,25 @@ def test_closing_a_link_waits_a_second_for_a_peer_that_is_gone_and_no_longer() -
     VirtualWorld().run(scenario)
 
 
+def test_a_dial_of_two_addresses_that_is_called_off_at_any_moment_leaves_no_link_up() -> None:
+    async def scenario() -> None:
+        accepted: list[Link] = []
+        network = MemoryNetwork(random.Random(1), shape=LinkShape(delay_s=0.3))  # both attempts overlap
+        there, here = network.endpoint(B), network.endpoint(A)
+        addresses = [(await there.listen(f"b:{port}", accepted.append)).address for port in (1, 2)]
+        for steps in range(100):
+            dialling = asyncio.ensure_future(here.dial(B, addresses))
+            await asyncio.sleep(0.02 * steps)
+            if dialling.done():
+                await (await dialling).close()
+            dialling.cancel()
+            await asyncio.wait([dialling])
+            await asyncio.sleep(3)
+            assert not any(link.is_up for link in accepted)
+
+    run_virtual(scenario())
+
+
 def test_a_dial_into_a_silence_times_out_or_waits_for_its_end() -> None:
     async def scenario() -> None:
         network = MemoryNetwork(random.Random(1), config=LinkConfig(handshake_timeout_s=3.0))

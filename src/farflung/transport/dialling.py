@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
-from farflung.core.errors import FarflungError, IdentityError, LinkError, Unreachable, VersionMismatch
+from farflung.core.errors import FarflungError, IdentityError, LinkError, LinkLost, Unreachable, VersionMismatch, WrongPeer
 from farflung.core.ids import NodeId, short
 from farflung.transport.frame_link import FrameLink
 
@@ -16,7 +17,7 @@ _HEAD_START_S = 0.25  # RFC 8305, 5: connection attempt delay
 
 
 async def first_that_answers(
-    peer: NodeId, addresses: Sequence[str], attempt: Callable[[str], Awaitable[FrameLink]], *, timeout_s: float
+    peer: NodeId, addresses: Sequence[str], attempt: Callable[[str], Coroutine[Any, Any, FrameLink]], *, timeout_s: float
 ) -> FrameLink:
     """Dials the addresses in order, each a quarter second after the one before or as soon as that has failed; the first wins.
 
@@ -30,46 +31,74 @@ async def first_that_answers(
         WrongPeer, VersionMismatch: no address leads to the peer, but one leads to that.
         Unreachable: no address answered; says why for each.
     """
-    loop = asyncio.get_running_loop()
-    by = loop.time() + timeout_s
-    waiting = list(dict.fromkeys(addresses))
-    running: dict[asyncio.Task[FrameLink], str] = {}
-    failures: dict[str, FarflungError] = {}
-    links: list[FrameLink] = []
-
-    async def one(address: str) -> FrameLink:
-        return await attempt(address)
-
+    attempts: dict[asyncio.Task[FrameLink], str] = {}
+    winner: FrameLink | None = None
     try:
-        while (waiting or running) and loop.time() < by:
-            if waiting:
-                address = waiting.pop(0)
-                running[loop.create_task(one(address), name=f"dial {short(peer)} at {address}")] = address
-            patience = min(by - loop.time(), _HEAD_START_S if waiting else timeout_s)
-            done, _ = await asyncio.wait(running, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            for task in [task for task in running if task in done]:  # in the order of dialling, not of a hash
-                address = running.pop(task)
-                error = task.exception()
-                if error is None:
-                    links.append(task.result())
-                elif isinstance(error, FarflungError):
-                    failures[address] = error
-                else:
-                    raise error
-            if links:
-                return links.pop(0)
+        try:
+            first = await _race(peer, addresses, attempt, attempts, asyncio.get_running_loop().time() + timeout_s)
+        finally:
+            for task in attempts:
+                task.cancel()
+            await asyncio.gather(*attempts, return_exceptions=True)
+        winner = first  # nothing is waited for any more, so nobody can call this off and lose the link
     finally:
-        await _call_off(running, links)
-    raise _why(peer, addresses, failures, timeout_s)
+        for task in attempts:
+            if not task.cancelled() and task.exception() is None and task.result() is not winner:
+                task.result().end(LinkLost(f"node {short(peer)} answered twice, or was no longer asked for"))
+    if winner is None:
+        errors = {address: task.exception() for task, address in attempts.items() if not task.cancelled()}
+        failures = {address: error for address, error in errors.items() if isinstance(error, FarflungError)}
+        raise _why(peer, addresses, failures, timeout_s)
+    return winner
 
 
-async def _call_off(running: dict[asyncio.Task[FrameLink], str], links: list[FrameLink]) -> None:
-    """Ends the attempts that still run, and the links that lost the race by a hair."""
-    for task in running:
-        task.cancel()
-    outcomes = await asyncio.gather(*running, return_exceptions=True)
-    spare = links + [outcome for outcome in outcomes if isinstance(outcome, FrameLink)]
-    await asyncio.gather(*(link.close() for link in spare))
+async def _race(
+    peer: NodeId,
+    addresses: Sequence[str],
+    attempt: Callable[[str], Coroutine[Any, Any, FrameLink]],
+    attempts: dict[asyncio.Task[FrameLink], str],
+    by: float,
+) -> FrameLink | None:
+    """The first link, or None where there is none by then; writes down every attempt. Raises what no attempt may raise."""
+    loop = asyncio.get_running_loop()
+    waiting = list(dict.fromkeys(addresses))
+    running: set[asyncio.Task[FrameLink]] = set()
+    while (waiting or running) and loop.time() < by:
+        if waiting:
+            address = waiting.pop(0)
+            task = loop.create_task(attempt(address), name=f"dial {short(peer)} at {address}")
+            attempts[task] = address
+            running.add(task)
+        patience = by - loop.time()
+        done, running = await asyncio.wait(
+            running, timeout=min(patience, _HEAD_START_S) if waiting else patience, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in [task for task in attempts if task in done]:  # in the order of dialling, not of a hash
+            error = task.exception()
+            if error is None:
+                return task.result()
+            if not isinstance(error, FarflungError):
+                raise error
+    return None
+
+
+def settle(greeted: asyncio.Future[FrameLink], link: FrameLink | None, error: FarflungError | None) -> None:
+    """Tells whoever dialled how the greeting went, unless nobody waits for it any more."""
+    if greeted.done():
+        return
+    if error is not None:
+        greeted.set_exception(error)
+    elif link is not None:
+        greeted.set_result(link)
+
+
+def check_peer(peer: NodeId, found: NodeId, address: str) -> None:
+    """Raises WrongPeer where another key answers than the one that was dialled."""
+    if found != peer:
+        raise WrongPeer(
+            f"node {short(peer)} was dialled at {address}, but node {short(found)} answers there",
+            hint="the address is stale or somebody else's; the directory has the current one",
+        )
 
 
 def _why(peer: NodeId, addresses: Sequence[str], failures: dict[str, FarflungError], timeout_s: float) -> FarflungError:

@@ -144,8 +144,29 @@ class FrameLink:
             try:
                 await self._flush()
             finally:
-                self._end(error or LinkLost(f"the link to node {short(self.peer)} was closed by this end"), by)
+                self.end(error or LinkLost(f"the link to node {short(self.peer)} was closed by this end"), by)
         await self._wire.ended()
+
+    def end(self, error: FarflungError, by: float | None = None) -> None:
+        """Ends the link at once; what is queued is lost.
+
+        Args:
+            error: for the handler.
+            by: loop time by which what was written must have arrived.
+        """
+        if self._state is _State.LOST:
+            return
+        greeting = self._state is _State.GREETING
+        self._state = _State.LOST
+        self._error = error
+        self._timer.cancel()
+        self._uplink.drop(self)
+        self.drained()
+        self._wire.finish(self._loop.time() + FLUSH_S if by is None else by)
+        if greeting:
+            self._on_greeted(self, error)
+        elif self._held is None:
+            self._loop.call_soon(self._tell_lost)
 
     # ---- called by the wire ----
 
@@ -168,7 +189,7 @@ class FrameLink:
                     if self._state not in (_State.GREETING, _State.UP):
                         return
         except FarflungError as error:
-            self._end(error)
+            self.end(error)
             return
         self._delivery.arrived(self._heard, size, mid_frame=self._reassembler.partial_frames > 0)
 
@@ -178,7 +199,7 @@ class FrameLink:
 
     def on_wire_lost(self, error: FarflungError) -> None:
         """The wire ended by itself."""
-        self._end(error)
+        self.end(error)
 
     # ---- called by the uplink ----
 
@@ -263,7 +284,7 @@ class FrameLink:
         now = self._loop.time()
         silent_s = now - self._heard
         if silent_s >= self._config.dead_after_s:
-            self._end(
+            self.end(
                 LinkLost(
                     f"node {short(self.peer)} has been silent for {silent_s:.1f} s",
                     hint="it has stopped, or the network between is gone; look at its log and at `farflung status`",
@@ -278,27 +299,12 @@ class FrameLink:
         self._timer = self._loop.call_at(max(next_at, now + _LEAST_BEAT_S), self._beat)
 
     def _greeting_overdue(self, since: float) -> None:
-        self._end(
+        self.end(
             LinkLost(
                 f"node {short(self.peer)} proved its key but said no hello within {self._loop.time() - since:.1f} s",
                 hint="is it overloaded, or another program with a node's key?",
             )
         )
-
-    def _end(self, error: FarflungError, by: float | None = None) -> None:
-        if self._state is _State.LOST:
-            return
-        greeting = self._state is _State.GREETING
-        self._state = _State.LOST
-        self._error = error
-        self._timer.cancel()
-        self._uplink.drop(self)
-        self.drained()
-        self._wire.finish(self._loop.time() + FLUSH_S if by is None else by)
-        if greeting:
-            self._on_greeted(self, error)
-        elif self._held is None:
-            self._loop.call_soon(self._tell_lost)
 
     def _serve_held(self, handler: LinkHandler) -> None:
         """Hands over what came before the handler, then lets the rest through."""
@@ -307,7 +313,7 @@ class FrameLink:
             for channel, frame in held:
                 handler.on_frame(self, channel, frame)
         except FarflungError as error:
-            self._end(error)
+            self.end(error)
         if self._state is _State.LOST:
             self._loop.call_soon(self._tell_lost)
 

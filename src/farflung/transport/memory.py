@@ -17,11 +17,11 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError, WrongPeer
+from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
 from farflung.transport.address import format_address, parse_address
-from farflung.transport.dialling import OnRefused, first_that_answers
+from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
 from farflung.transport.frame_link import FrameLink
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Link, LinkConfig, Listener
@@ -206,31 +206,17 @@ class MemoryTransport:
         if self._closed:
             raise UsageError("this transport is closed and dials no more")
         listener = await self._network.reach(self._node_id, address)
-        if listener.node_id != peer:
-            raise WrongPeer(
-                f"node {short(peer)} was dialled at {address}, but node {short(listener.node_id)} answers there",
-                hint="the address is stale or somebody else's; the directory has the current one",
-            )
+        check_peer(peer, listener.node_id, address)
         if self._closed:
             raise Unreachable("this transport was closed while it dialled")
-        greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_greeted(_: FrameLink, error: FarflungError | None) -> None:
-            if greeted.done():
-                return
-            if error is None:
-                greeted.set_result(None)
-            else:
-                greeted.set_exception(error)
-
-        link = self._network.connect(self, listener, on_greeted)
+        greeted: asyncio.Future[FrameLink] = asyncio.get_running_loop().create_future()
+        link = self._network.connect(self, listener, lambda link, error: settle(greeted, link, error))
         try:
-            await greeted
+            return await greeted
         except BaseException:
             greeted.cancel()
             await link.close()
             raise
-        return link
 
 
 class MemoryListener:

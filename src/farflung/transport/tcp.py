@@ -6,12 +6,12 @@ import asyncio
 import errno
 from collections.abc import Callable, Sequence
 
-from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError, WrongPeer
-from farflung.core.ids import NodeId, short
+from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError
+from farflung.core.ids import NodeId
 from farflung.core.messages import Hello
 from farflung.identity import Identity, client_context, server_context
 from farflung.transport.address import format_address, parse_address
-from farflung.transport.dialling import OnRefused, first_that_answers
+from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
 from farflung.transport.frame_link import FrameLink
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Link, LinkConfig, Listener
@@ -81,23 +81,14 @@ class TcpTransport:
         loop = asyncio.get_running_loop()
         greeted: asyncio.Future[FrameLink] = loop.create_future()
 
-        def expect(found: NodeId) -> None:
-            if found != peer:
-                raise WrongPeer(
-                    f"node {short(peer)} was dialled at {address}, but node {short(found)} answers there",
-                    hint="the address is stale or somebody else's; the directory has the current one",
-                )
-
-        def on_greeted(_: TcpConnection, link: FrameLink | None, error: FarflungError | None) -> None:
-            if greeted.done():
-                return
-            if link is not None:
-                greeted.set_result(link)
-            elif error is not None:
-                greeted.set_exception(error)
-
         def connect() -> TcpConnection:
-            return TcpConnection(self._setup, self._client_context, expect, on_greeted, dialled=True)
+            return TcpConnection(
+                self._setup,
+                self._client_context,
+                lambda found: check_peer(peer, found, address),
+                lambda _, link, error: settle(greeted, link, error),
+                dialled=True,
+            )
 
         host, port = parse_address(address)
         if self._closed:
