@@ -20,7 +20,7 @@ from farflung.engine.attention import ATTENTION
 from farflung.engine.backend import SessionSpec, StageResult, StageWork
 from farflung.engine.bench import StageBenchConfig, bench_stage
 from farflung.engine.compute import ComputeThread
-from farflung.engine.linear import PackedLinear, pack_linears
+from farflung.engine.linear import BlockedLinear, PackedLinear, block_linears, pack_linears
 from farflung.engine.loader import load_stage
 from farflung.engine.safetensors_source import SafetensorsSource
 from farflung.engine.t_curve import measure_t_curve
@@ -232,6 +232,29 @@ def test_packed_weights_multiply_bit_for_bit_like_plain_ones_and_leave_a_tied_em
         assert pack_linears(model) in (0, 1)  # as measured here
         assert torch.equal(model["head"](rows), expected)
         assert torch.equal(embed(torch.arange(320)), linear.weight)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "bias"), [(320, 256, True), (1026, 64, False), (4096, 32, True)])
+def test_fp32_weights_multiplied_in_blocks_give_the_plain_product_and_are_no_copy(
+    outputs: int, inputs: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(inputs, outputs, bias=bias)
+    blocked = BlockedLinear(linear, 4)
+    assert blocked.weight is linear.weight
+    with torch.inference_mode():
+        for shape in ((1, 1), (1, 3), (2, 2), (1, 5), (1, 0)):
+            rows = torch.randn((*shape, inputs))
+            torch.testing.assert_close(blocked(rows), linear(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_only_large_plain_fp32_weights_are_ever_multiplied_in_blocks() -> None:
+    small, odd, narrow = torch.nn.Linear(64, 64), torch.nn.Linear(512, 513), torch.nn.Linear(512, 512, dtype=torch.bfloat16)
+    large = torch.nn.Linear(512, 512)
+    model = torch.nn.ModuleDict({"small": small, "odd": odd, "narrow": narrow, "large": large})
+    assert block_linears(model) in (0, 1)  # as measured here
+    assert (model["small"], model["odd"], model["narrow"]) == (small, odd, narrow)
+    assert model["large"].weight is large.weight
 
 
 def test_the_t_curve_leaves_out_what_does_not_fit_and_every_cell_is_free_after_it(source: SafetensorsSource) -> None:

@@ -21,7 +21,7 @@ from farflung.engine.backend import SessionSpec, StageResult, StageWork, StepRep
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
 from farflung.engine.kv_pool import Extents, NewRows, SessionCells
 from farflung.engine.kv_tensors import KvTensors
-from farflung.engine.linear import pack_linears
+from farflung.engine.linear import block_linears, pack_linears
 from farflung.engine.loader import StageModule, load_stage
 from farflung.engine.recipe import learn_recipe
 from farflung.engine.source import ModelSource, Progress
@@ -39,7 +39,7 @@ class BackendConfig:
         kv_tokens: KV cells in all; their memory is taken at once.
         threads: OpenMP workers; None leaves torch's choice.
         inline: compute on the event loop instead of a thread (virtual clocks).
-        pack: use pre-packed bf16 weights where they are faster here.
+        pack: use pre-packed bf16 weights and fp32 weights in blocks where they are faster here.
         on_logits: told, in the compute thread, the session, the wanted slots and their fp32 logits [slots, vocab]; for
             exactness checks and audits.
     """
@@ -96,6 +96,7 @@ class TorchBackend:
         self._set_threads()
         if config.pack:
             pack_linears(stage.model)
+            block_linears(stage.model)
         self._recipe = learn_recipe(stage)
         self._kv = KvTensors(self._recipe.shapes, config.kv_tokens, stage.dtype)
         self._masks = CausalMasks(stage.dtype)
