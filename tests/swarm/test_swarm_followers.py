@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from random import Random
+from typing import ClassVar
 
 import pytest
 from swarm_samples import DIGEST, NOW, a_record, signed
 
-from farflung.core.errors import BadSignature, DeadlineExceeded, DirectoryUnreachable, RecordRefused, Unreachable
+from farflung.core.errors import (
+    BadSignature,
+    DeadlineExceeded,
+    DirectoryUnreachable,
+    FarflungError,
+    LinkLost,
+    RecordRefused,
+    StageFailed,
+    Unreachable,
+    UsageError,
+)
 from farflung.identity.keys import Identity
 from farflung.lab.virtual_clock import run_virtual
 from farflung.swarm.announcer import Announcer, AnnouncerConfig
-from farflung.swarm.directory import Change, NodeGone, NodeSeen, Snapshot
+from farflung.swarm.backoff import Backoff, BackoffConfig
+from farflung.swarm.directory import Change, NodeGone, NodeSeen, Snapshot, Update, follow
 from farflung.swarm.memory_directory import MemoryDirectory
-from farflung.swarm.records import NodeRecord, Query, open_record
+from farflung.swarm.records import EVERYTHING, NodeRecord, Query, SignedRecord, open_record
 from farflung.swarm.roster import Roster
 from farflung.swarm.service import DirectoryService, ServiceConfig
 
@@ -90,6 +102,97 @@ def test_an_outage_of_the_directory_is_survived_and_the_node_comes_back_with_it(
             await asyncio.sleep(10.1)  # the longest pause between tries
             assert service.nodes == 1
             assert len(roster.records) == 1
+
+    play(scene)
+
+
+def test_no_answer_of_a_directory_ends_the_announcing() -> None:
+    class Confused(MemoryDirectory):
+        answers: ClassVar[list[FarflungError]] = [LinkLost("hm"), UsageError("hm"), StageFailed("hm")]
+
+        async def announce(self, signed: SignedRecord) -> None:
+            if self.answers:
+                raise self.answers.pop()
+            await super().announce(signed)
+
+    async def scene(service: DirectoryService, directory: MemoryDirectory) -> None:
+        async with announcer(ALICE, Confused(service, Random(4))) as announcing:
+            await announcing.announced(5.0)
+            assert service.nodes == 1
+
+    play(scene)
+
+
+def test_what_ends_an_announcer_or_a_roster_reaches_their_owner_and_those_who_wait() -> None:
+    class NotUnderstood(MemoryDirectory):
+        def watch(self, query: Query = EVERYTHING) -> AsyncGenerator[Change, None]:
+            async def refused(cursor: str) -> Update:
+                raise UsageError("what is beside=?")
+
+            return follow(refused, Backoff(BackoffConfig(), Random(1)), "test")
+
+    async def scene(service: DirectoryService, directory: MemoryDirectory) -> None:
+        def broken(sequence: int, now: float) -> NodeRecord:
+            raise ZeroDivisionError
+
+        async def live(one: Announcer | Roster, wait: Callable[[], Awaitable[object]]) -> None:
+            async with one:
+                with pytest.raises((ZeroDivisionError, UsageError)):
+                    await one.ended()
+                with pytest.raises((ZeroDivisionError, UsageError)):
+                    await wait()
+
+        announcing = Announcer(AnnouncerConfig(), directory, ALICE, broken, wall_clock=wall_clock, random=Random(2))
+        with pytest.raises(ZeroDivisionError):
+            await live(announcing, lambda: announcing.announced(3.0))
+        roster = Roster(NotUnderstood(service, Random(1)))
+        with pytest.raises(UsageError, match="beside"):
+            await live(roster, lambda: roster.find(ALICE.node_id, 3.0))
+        async with announcer(ALICE, directory) as healthy:
+            waiting = asyncio.create_task(healthy.ended())
+        await waiting  # left in order
+
+    play(scene)
+
+
+def test_a_first_announcement_that_was_given_up_on_its_way_is_withdrawn() -> None:
+    class Slow(MemoryDirectory):
+        async def announce(self, signed: SignedRecord) -> None:
+            await super().announce(signed)
+            await asyncio.sleep(60)  # the answer never comes
+
+    async def scene(service: DirectoryService, directory: MemoryDirectory) -> None:
+        async with announcer(ALICE, Slow(service, Random(4))):
+            await asyncio.sleep(1)
+            assert service.nodes == 1
+        assert service.nodes == 0
+
+    play(scene)
+
+
+def test_a_directory_that_restarts_empties_no_roster_and_who_left_meanwhile_is_gone_after_a_ttl() -> None:
+    async def scene(service: DirectoryService, directory: MemoryDirectory) -> None:
+        current = [service]
+
+        class Restarting(MemoryDirectory):
+            def _reach(self) -> DirectoryService:
+                return current[0]
+
+        alices, bobs, ours = (Restarting(service, Random(seed)) for seed in range(3))
+        async with Roster(ours) as roster, announcer(ALICE, alices) as announcing:
+            async with announcer(BOB, bobs) as other:
+                await announcing.announced(1.0)
+                await other.announced(1.0)
+                await roster.until(lambda records: len(records) == 2, 1.0)
+                current[0] = new_service()
+                service.close()
+            fewest = 2
+            for _ in range(100):  # 50 s: both renew within 20 s, but Bob has left
+                await asyncio.sleep(0.5)
+                fewest = min(fewest, len(roster.records))
+            assert fewest == 2
+            await asyncio.sleep(15)  # the ttl is 60 s
+            assert [record.node_id for record in roster.records] == [ALICE.node_id]
 
     play(scene)
 

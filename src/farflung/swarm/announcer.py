@@ -11,9 +11,10 @@ from types import TracebackType
 
 import structlog
 
-from farflung.core.errors import BadSignature, DirectoryError, DirectoryUnreachable, FarflungError, RecordRefused
+from farflung.core.errors import BadSignature, DirectoryUnreachable, FarflungError, RecordRefused
 from farflung.core.ids import short
 from farflung.identity.keys import Identity
+from farflung.swarm.background import Background
 from farflung.swarm.backoff import Backoff, BackoffConfig
 from farflung.swarm.directory import Directory
 from farflung.swarm.records import NodeRecord, Withdrawal, sign_record, sign_withdrawal
@@ -40,10 +41,11 @@ class AnnouncerConfig:
     backoff: BackoffConfig = field(default_factory=BackoffConfig)
 
 
-class Announcer:
+class Announcer(Background):
     """``async with Announcer(...)``: announced, as far as the directory lets it, from entry to exit.
 
-    Sequences are milliseconds of the wall clock, or one more than the last: they rise across restarts of the node.
+    Nothing that the directory says or fails to say ends it. Sequences are milliseconds of the wall clock, or one more than the
+    last: they rise across restarts of the node.
 
     Args:
         config: rhythm.
@@ -64,6 +66,7 @@ class Announcer:
         wall_clock: WallClock,
         random: Random,
     ) -> None:
+        super().__init__(f"announcer of {short(identity.node_id)}")
         self._config = config
         self._directory = directory
         self._identity = identity
@@ -77,21 +80,17 @@ class Announcer:
         self._settled = asyncio.Event()
         self._refusal: FarflungError | None = None
         self._was_announced = False
+        self._may_be_known = False
         self._failing = ""
-
-    async def __aenter__(self) -> Announcer:
-        self._task = asyncio.create_task(self._run(), name="announcer")
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._task.cancel()
-        await asyncio.wait({self._task})
-        if not self._task.cancelled():
-            self._task.result()
-        if self._was_announced:
-            await self._withdraw()
+        try:
+            await super().__aexit__(kind, error, trace)
+        finally:
+            if self._may_be_known:
+                await self._withdraw()
 
     def announce_now(self) -> None:
         """The record has changed in a way others should know (draining, say): announces without waiting for the renewal."""
@@ -112,30 +111,39 @@ class Announcer:
                 f"{self._failing or 'no answer yet'}",
                 hint="is the directory running? The node goes on trying",
             ) from error
+        if self.has_ended:
+            await self.ended()
         if self._refusal is not None:
             raise self._refusal
 
     async def _run(self) -> None:
-        while True:
-            self._wanted.clear()
-            wait_s = await self._announce()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._wanted.wait()
+        try:
+            while True:
+                self._wanted.clear()
+                wait_s = await self._announce()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._wanted.wait()
+        finally:
+            self._settled.set()
 
     async def _announce(self) -> float:
         """One try; returns the wait until the next."""
         renewal_s = self._config.ttl_s / 3 * self._random.uniform(0.8, 1.0)
         now_unix_s = self._wall_clock()
-        record = self._make_record(self._next_sequence(now_unix_s), now_unix_s)
+        known_before = self._may_be_known
         try:
-            await self._directory.announce(sign_record(self._identity, record))
+            record = self._make_record(self._next_sequence(now_unix_s), now_unix_s)
+            signed = sign_record(self._identity, record)
+            self._may_be_known = True  # from now on it may arrive, whatever becomes of the answer
+            await self._directory.announce(signed)
         except (RecordRefused, BadSignature) as error:
+            self._may_be_known = known_before
             self._say_failing("record refused", error)
             self._refusal = error
             self._settled.set()
             return renewal_s
-        except DirectoryError as error:
+        except FarflungError as error:
             self._say_failing("directory lost", error)
             return min(renewal_s, self._backoff.next_s())
         if self._failing or not self._was_announced:

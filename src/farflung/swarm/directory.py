@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -26,9 +26,13 @@ _PAUSE_S = 0.05
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All nodes that fit; forget what you knew. First of a watch, and again where the directory lost track of you."""
+    """All nodes that fit; forget what you knew. First of a watch, and again where the directory lost track of you.
+
+    ``restarted``: it comes from another run of the directory than what came before, which has to hear of every node anew.
+    """
 
     records: tuple[NodeRecord, ...]
+    restarted: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,17 @@ class Update:
     cursor: str
     changes: tuple[Change, ...]
 
+    def after(self, cursor: str) -> tuple[Change, ...]:
+        """The changes, for one who asked with ``cursor``: a snapshot from another run of the directory says so."""
+        if not cursor or instance_of(cursor) == instance_of(self.cursor):
+            return self.changes
+        return tuple(replace(change, restarted=True) if isinstance(change, Snapshot) else change for change in self.changes)
+
+
+def instance_of(cursor: str) -> str:
+    """Which run of a directory a cursor comes from; they read ``instance.revision``."""
+    return cursor.partition(".")[0]
+
 
 async def follow(poll: Callable[[str], Awaitable[Update]], backoff: Backoff, name: str) -> AsyncGenerator[Change, None]:
     """Polls from the last cursor for ever; while the directory fails it waits and tries again, saying so once.
@@ -108,7 +123,7 @@ async def follow(poll: Callable[[str], Awaitable[Update]], backoff: Backoff, nam
             _log.info("directory back", directory=name)
         lost = False
         backoff.reset()
-        cursor = update.cursor
-        for change in update.changes:
+        changes, cursor = update.after(cursor), update.cursor
+        for change in changes:
             yield change
         await asyncio.sleep(_PAUSE_S)

@@ -5,40 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
-from farflung.core.errors import DeadlineExceeded, DirectoryUnreachable, FarflungError, Unreachable
+from farflung.core.errors import DeadlineExceeded, DirectoryUnreachable, Unreachable
 from farflung.core.ids import NodeId, short
+from farflung.swarm.background import Background
 from farflung.swarm.directory import Change, Directory, NodeGone, NodeSeen, Snapshot
 from farflung.swarm.records import EVERYTHING, NodeRecord, Query
 
 
-class Roster:
+class Roster(Background):
     """``async with Roster(directory, query) as roster``: follows the directory from entry to exit.
 
-    While the directory is away the last known nodes stay: better an old address than none. A record older than one seen
-    before never replaces it.
+    While the directory is away the last known nodes stay: better an old address than none. After it restarted they stay for
+    another ttl of theirs, within which those that live announce themselves again. A record older than one seen before never
+    replaces it.
     """
 
     def __init__(self, directory: Directory, query: Query = EVERYTHING) -> None:
+        super().__init__("roster")
         self._directory = directory
         self._query = query
         self._records: dict[NodeId, NodeRecord] = {}
+        self._leaving: dict[NodeId, asyncio.TimerHandle] = {}  # of those that a restarted directory has not heard of yet
         self._changed = asyncio.Event()
         self._heard = False
-        self._error: FarflungError | None = None
-
-    async def __aenter__(self) -> Roster:
-        self._task = asyncio.create_task(self._follow(), name="roster")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._task.cancel()
-        await asyncio.wait({self._task})
-        if not self._task.cancelled():
-            self._task.result()
 
     @property
     def records(self) -> tuple[NodeRecord, ...]:
@@ -71,8 +61,8 @@ class Roster:
         try:
             async with asyncio.timeout(timeout_s):
                 while not (self._heard and enough(self.records)):
-                    if self._error is not None:
-                        raise self._error
+                    if self.has_ended:
+                        await self.ended()  # raises why
                     await self._changed.wait()
         except TimeoutError as error:
             if not self._heard:
@@ -84,32 +74,53 @@ class Roster:
             ) from error
         return self.records
 
-    async def _follow(self) -> None:
+    async def _run(self) -> None:
         try:
             async with contextlib.aclosing(self._directory.watch(self._query)) as changes:
                 async for change in changes:
+                    self._heard = True
                     self._apply(change)
                     self._tell()
-        except FarflungError as error:
-            self._error = error
+        finally:
+            for timer in self._leaving.values():
+                timer.cancel()
             self._tell()
 
     def _apply(self, change: Change) -> None:
-        self._heard = True
         match change:
-            case Snapshot(records):
-                known, self._records = self._records, {}
+            case Snapshot(records, restarted):
+                here = {record.node_id for record in records}
+                for node_id in [known for known in self._records if known not in here]:
+                    if restarted:
+                        self._let_go_later(node_id)
+                    elif node_id not in self._leaving:
+                        del self._records[node_id]
                 for record in records:
-                    self._records[record.node_id] = _newer(known.get(record.node_id), record)
+                    self._see(record)
             case NodeSeen(record):
-                self._records[record.node_id] = _newer(self._records.get(record.node_id), record)
+                self._see(record)
             case NodeGone(node_id):
-                self._records.pop(node_id, None)
+                self._forget(node_id)
+
+    def _see(self, record: NodeRecord) -> None:
+        known = self._records.get(record.node_id)
+        self._forget(record.node_id)
+        self._records[record.node_id] = known if known is not None and known.sequence > record.sequence else record
+
+    def _forget(self, node_id: NodeId) -> None:
+        self._records.pop(node_id, None)
+        if timer := self._leaving.pop(node_id, None):
+            timer.cancel()
+
+    def _let_go_later(self, node_id: NodeId) -> None:
+        if node_id not in self._leaving:  # a second restart gives no second ttl
+            ttl_s = self._records[node_id].ttl_s
+            self._leaving[node_id] = asyncio.get_running_loop().call_later(ttl_s, self._let_go, node_id)
+
+    def _let_go(self, node_id: NodeId) -> None:
+        self._forget(node_id)
+        self._tell()
 
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _newer(known: NodeRecord | None, record: NodeRecord) -> NodeRecord:
-    return known if known is not None and known.sequence > record.sequence else record
