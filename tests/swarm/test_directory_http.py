@@ -32,6 +32,7 @@ from farflung.swarm.http_client import HttpDirectory, HttpDirectoryConfig
 from farflung.swarm.http_server import DirectoryServer, DirectoryServerConfig
 from farflung.swarm.records import EVERYTHING, Query
 from farflung.swarm.service import ServiceConfig
+from farflung.swarm.table import TableConfig
 
 ALICE, BOB = Identity.generate(), Identity.generate()
 QUICK = BackoffConfig(first_s=0.02, longest_s=0.05)
@@ -215,7 +216,7 @@ def test_a_watch_survives_an_outage_and_a_restart_that_forgot_everybody() -> Non
         assert server.url in caught.value.hint
         again = DirectoryServer(DirectoryServerConfig(listen=f"{host}:{port}"), Clock(NOW + 5))
         async with again:
-            assert await anext(changes) == Snapshot(())
+            assert await anext(changes) == Snapshot((), restarted=True)
             await directory.announce(signed(BOB))
             assert await anext(changes) == NodeSeen(a_record(BOB))
             await directory.withdraw(withdrawal(BOB, 2))
@@ -268,7 +269,7 @@ def test_a_directory_that_does_not_exist_or_does_not_answer_is_unreachable_withi
     play(scene)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:7420", "ftp://x:1", "http://", "http://[::1", "http://x:99999999"])
+@pytest.mark.parametrize("url", ["", "localhost:7700", "ftp://x:1", "http://", "http://[::1", "http://x:99999999"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is no URL of a directory"):
         client(url)
@@ -301,7 +302,10 @@ async def answering(status: str, body: bytes) -> AsyncIterator[str]:
         ("404 Not Found", b"no such page", DirectoryError, "status 404"),
         ("502 Bad Gateway", b"<html>", DirectoryUnreachable, "status 502"),
         ("409 Conflict", b'{"code":"record_refused","message":"no\\u001b[31m red"}', RecordRefused, r"^no \[31m red$"),
-        ("400 Bad Request", b'{"code":"no_such_code","message":"m"}', FarflungError, "m"),
+        ("400 Bad Request", b'{"code":"no_such_code","message":"m"}', DirectoryError, "status 400: m"),
+        ("404 Not Found", b'{"code":"link_lost","message":"m"}', DirectoryError, "status 404: m"),
+        ("403 Forbidden", b'{"code":"bad_signature","message":"m"}', DirectoryError, "status 403: m"),
+        ("400 Bad Request", b'{"code":"usage_error","message":"m"}', UsageError, "^m$"),
         ("302 Found", b"", DirectoryError, "status 302"),
     ],
 )
@@ -314,6 +318,90 @@ def test_a_directory_that_answers_nonsense_is_told_from_one_that_refuses(
             with pytest.raises(kind, match=message):
                 await directory.records()
             await directory.aclose()
+
+    play(scene)
+
+
+def test_a_node_that_is_not_understood_hears_a_refusal_and_nothing_else() -> None:
+    async def scene() -> None:
+        async with answering("400 Bad Request", b'{"code":"usage_error","message":"no such path"}') as url:
+            directory = client(url)
+            with pytest.raises(RecordRefused, match="no such path"):
+                await directory.announce(signed(ALICE))
+            await directory.aclose()
+
+    play(scene)
+
+
+def test_a_connection_that_closes_while_idle_costs_no_renewal() -> None:
+    async def scene() -> None:
+        requests = 0
+
+        async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal requests
+            for answer in (b"HTTP/1.1 204 No Content\r\n\r\n", b""):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-len")
+                )
+                await reader.readexactly(length)
+                requests += 1
+                writer.write(answer)
+            writer.close()
+
+        server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+        directory = client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await directory.announce(signed(ALICE))
+        await directory.announce(signed(ALICE, sequence=2))
+        assert requests == 3  # the second one twice
+        await directory.aclose()
+        server.close()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("said", [b"", b"POST /v1/rec", post("/v1/records", b"half of it", b"Content-Length: 1000")])
+def test_a_connection_without_a_whole_request_is_closed(said: bytes) -> None:
+    async def scene() -> None:
+        async with served(request_timeout_s=0.1) as server:
+            reader, writer = await asyncio.open_connection(*address_of(server.url))
+            health = b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n"
+            writer.write(health)
+            await reader.readuntil(b"}")
+            writer.write(health)  # a kept connection may be silent, and its next request has the whole time
+            await reader.readuntil(b"}")
+            writer.write(said)
+            silent = await asyncio.open_connection(*address_of(server.url))
+            silent[1].write(said)
+            for end in (silent[0], *([reader] if said else [])):
+                with suppress(ConnectionResetError):
+                    assert await end.read() == b""
+            writer.transport.abort()
+            silent[1].transport.abort()
+
+    play(scene)
+
+
+def test_watchers_leave_room_for_those_who_announce() -> None:
+    async def scene() -> None:
+        async with served(service=ServiceConfig(table=TableConfig(max_nodes=2))) as server:
+            watchers = [client(server.url) for _ in range(6)]  # more than are let in
+            tasks = [asyncio.create_task(follow_for_ever(one)) for one in watchers]
+            while server.service.watchers < 4:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.005)
+            node = client(server.url)
+            for identity in (ALICE, BOB):
+                await node.announce(signed(identity))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for one in (*watchers, node):
+                await one.aclose()
+
+    async def follow_for_ever(directory: HttpDirectory) -> None:
+        async with aclosing(directory.watch()) as changes:
+            async for _ in changes:
+                pass
 
     play(scene)
 

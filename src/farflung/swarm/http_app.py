@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from http import HTTPStatus
 from typing import TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from farflung import __version__
-from farflung.core.errors import FarflungError, FrameTooLarge, UsageError
+from farflung.core.errors import DirectoryError, FarflungError, FrameTooLarge, UsageError
 from farflung.core.model import LayerRange
 from farflung.swarm import http_api as api
 from farflung.swarm.links import SignedLinks
@@ -71,7 +72,11 @@ def directory_routes(service: DirectoryService) -> list[Route]:
 async def tell_error(_request: Request, error: Exception) -> Response:
     """Starlette exception handler for FarflungError and HTTPException: the body is an ``ErrorBody``."""
     if isinstance(error, FarflungError):
-        return _json(api.ErrorBody(error.code, error.message, error.hint), api.status_of(error))
+        status = api.status_of(error)
+        answer = _json(api.ErrorBody(error.code, error.message, error.hint), status)
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            answer.headers["connection"] = "close"  # whoever has to come again holds no place until then
+        return answer
     if isinstance(error, HTTPException):
         hint = f"the directory answers {api.RECORDS} and {api.WATCH}"
         return _json(api.ErrorBody(UsageError.code, error.detail, hint), error.status_code)
@@ -86,7 +91,8 @@ def directory_app(service: DirectoryService) -> Starlette:
 
 
 async def _body(request: Request, kind: type[_T]) -> _T:
-    """The body, decoded. Raises FrameTooLarge before reading more than the limit, UsageError where it is junk or too slow."""
+    """The body, decoded. Raises FrameTooLarge before reading more than the limit, UsageError where it is junk, DirectoryError
+    where it does not arrive."""
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or len(announced) > 9 or int(announced) > api.MAX_POST_BYTES:
         raise _too_large(f"{announced[:20]} bytes")
@@ -99,9 +105,9 @@ async def _body(request: Request, kind: type[_T]) -> _T:
                     raise _too_large("more bytes")
         return msgspec.json.decode(content, type=kind)
     except TimeoutError as error:
-        raise UsageError(f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from error
+        raise DirectoryError(f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from error
     except ClientDisconnect as error:
-        raise UsageError("the connection ended before the body did") from error
+        raise DirectoryError("the connection ended before the body did") from error
     except (msgspec.MsgspecError, RecursionError) as error:
         raise UsageError(f"the body is not {{text, signature}} in JSON: {str(error)[:200]}") from error
 

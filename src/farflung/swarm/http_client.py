@@ -13,7 +13,15 @@ import httpx2
 import msgspec
 import structlog
 
-from farflung.core.errors import DirectoryError, DirectoryUnreachable, FarflungError, UsageError, error_from_code
+from farflung.core.errors import (
+    BadSignature,
+    DirectoryError,
+    DirectoryUnreachable,
+    FarflungError,
+    RecordRefused,
+    UsageError,
+    error_from_code,
+)
 from farflung.core.ids import parse_node_id
 from farflung.swarm import http_api as api
 from farflung.swarm.backoff import Backoff, BackoffConfig
@@ -24,6 +32,9 @@ from farflung.swarm.service import WallClock
 from farflung.swarm.signed import SignedText, Statement
 
 _log = structlog.get_logger(__name__)
+
+_KEEP_ALIVE_S = 60.0
+"""Less than the server's, so that mostly this end closes an idle connection and nothing is sent into one that is closing."""
 
 _MAX_CURSOR = 100
 """It goes back in a URL."""
@@ -51,6 +62,10 @@ class HttpDirectoryConfig:
     backoff: BackoffConfig = field(default_factory=BackoffConfig)
 
 
+class _Closed(Exception):
+    """The connection ended before the answer did."""
+
+
 class HttpDirectory:
     """A client of the directory at ``config.url``. Must be closed (``aclose``), in the loop it was used in.
 
@@ -71,6 +86,7 @@ class HttpDirectory:
             base_url=_checked_url(config.url),
             headers={"accept-encoding": "identity"},  # a few compressed bytes could be a bomb
             timeout=config.timeout_s,
+            limits=httpx2.Limits(keepalive_expiry=_KEEP_ALIVE_S),
             # A proxy named in the environment reaches no directory on this machine.
             trust_env=not _is_loopback(config.url),
         )
@@ -140,7 +156,10 @@ class HttpDirectory:
         return statements, refusals
 
     async def _post(self, path: str, signed: SignedText) -> None:
-        await self._request("POST", path, content=msgspec.json.encode(signed))
+        try:
+            await self._request("POST", path, content=msgspec.json.encode(signed))
+        except UsageError as error:
+            raise RecordRefused(f"the directory at {self.url} did not understand: {error.message}", hint=error.hint) from error
 
     async def _get(self, path: str, params: Mapping[str, str], kind: type[_B], wait_s: float = 0.0) -> _B:
         content = await self._request("GET", path, params=params, wait_s=wait_s)
@@ -160,7 +179,22 @@ class HttpDirectory:
         content: bytes | None = None,
         wait_s: float = 0.0,
     ) -> bytes:
-        """The body of a successful answer; ``wait_s`` is how long the directory may think first."""
+        """The body of a successful answer; ``wait_s`` is how long the directory may think first.
+
+        A connection that was closed while it was idle shows only when it is used: then the request is made once more.
+        """
+        try:
+            return await self._try(method, path, params, content, wait_s)
+        except _Closed:
+            pass
+        try:
+            return await self._try(method, path, params, content, wait_s)
+        except _Closed as error:
+            raise self._unreachable(f"closes the connection: {error}") from error
+
+    async def _try(
+        self, method: str, path: str, params: Mapping[str, str] | None, content: bytes | None, wait_s: float
+    ) -> bytes:
         config = self._config
         timeout = httpx2.Timeout(config.timeout_s, read=config.timeout_s + wait_s)
         try:
@@ -175,10 +209,12 @@ class HttpDirectory:
                         raise DirectoryError(f"{self.url}{path} answers more than {config.max_answer_bytes} bytes")
         except (httpx2.TimeoutException, TimeoutError) as error:
             raise self._unreachable(f"gave no answer within {config.timeout_s:g} s") from error
+        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+            raise _Closed(str(error)[:200] or type(error).__name__) from error
         except httpx2.HTTPError as error:
             raise self._unreachable(f"cannot be reached: {str(error)[:200] or type(error).__name__}") from error
         if not response.is_success:
-            raise self._refusal(response.status_code, bytes(body))
+            raise self._refusal(response.status_code, bytes(body), posted=method == "POST")
         return bytes(body)
 
     def _unreachable(self, what: str) -> DirectoryUnreachable:
@@ -187,7 +223,8 @@ class HttpDirectory:
             hint=f"is `farflung directory` running at {self.url}, and does the network let this machine through?",
         )
 
-    def _refusal(self, status: int, body: bytes) -> FarflungError:
+    def _refusal(self, status: int, body: bytes, *, posted: bool) -> FarflungError:
+        """What the directory says, as far as it is one to say it: anything else is its fault, and passes maybe."""
         try:
             told = msgspec.json.decode(body, type=api.ErrorBody)
         except (msgspec.MsgspecError, RecursionError):
@@ -196,7 +233,10 @@ class HttpDirectory:
             return DirectoryError(
                 f"{self.url} answered with status {status} and no reason", hint="is this the URL of a farflung directory?"
             )
-        return error_from_code(told.code, _for_people(told.message), _for_people(told.hint))
+        error = error_from_code(told.code, told.message, told.hint)
+        if isinstance(error, (DirectoryError, UsageError)) or (posted and isinstance(error, BadSignature)):
+            return error
+        return DirectoryError(f"{self.url} answered with status {status}: {error.message}", hint=error.hint)
 
 
 def _params(query: Query) -> dict[str, str]:
@@ -204,13 +244,8 @@ def _params(query: Query) -> dict[str, str]:
     return params if query.beside is None else {**params, "beside": str(query.beside)}
 
 
-def _for_people(text: str) -> str:
-    """What a stranger wrote, safe to print: no escape sequences, no novels."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:500])
-
-
 def _checked_url(text: str) -> httpx2.URL:
-    hint = "write http://host:port, e.g. http://127.0.0.1:7420"
+    hint = "write http://host:port, e.g. http://127.0.0.1:7700"
     try:
         url = httpx2.URL(text)
     except httpx2.InvalidURL as error:

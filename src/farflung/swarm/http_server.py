@@ -16,6 +16,7 @@ import uvicorn
 
 from farflung.core.errors import AddressInUse, Unreachable
 from farflung.swarm.http_app import directory_app
+from farflung.swarm.http_protocol import impatient_protocol
 from farflung.swarm.service import DirectoryService, ServiceConfig, WallClock
 from farflung.transport.address import format_address, parse_address
 
@@ -27,12 +28,19 @@ class DirectoryServerConfig:
     Attributes:
         listen: ``host:port``; port 0 takes any free one.
         service: limits of the directory.
-        max_connections: beyond it requests are answered with 503.
+        request_timeout_s: a connection without a whole request is closed after so long.
+        keep_alive_s: one without a next request is; longer than nodes wait between renewals.
     """
 
     listen: str = "127.0.0.1:0"
     service: ServiceConfig = field(default_factory=ServiceConfig)
-    max_connections: int = 4_096
+    request_timeout_s: float = 5.0
+    keep_alive_s: int = 75
+
+    @property
+    def max_connections(self) -> int:
+        """Beyond it requests are answered with 503: one per watcher, and for all that is short two per node there may be."""
+        return self.service.most_watchers + 2 * self.service.table.max_nodes
 
 
 class DirectoryServer:
@@ -74,7 +82,8 @@ class DirectoryServer:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                http="h11",
+                http=impatient_protocol(self._config.request_timeout_s),
+                timeout_keep_alive=self._config.keep_alive_s,
                 ws="none",
                 server_header=False,
                 limit_concurrency=self._config.max_connections,
@@ -151,7 +160,3 @@ async def _bind(listen: str) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
-
-
-def _no_interface(listen: str, error: OSError) -> Unreachable:
-    return Unreachable(f"{listen} cannot be listened on: {error.strerror}", hint="name an interface of this machine")

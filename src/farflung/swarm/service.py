@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -26,16 +27,21 @@ class ServiceConfig:
     """Limits of a directory.
 
     Attributes:
-        instance: tells this run of the directory from the next: revisions start anew with it. Empty: the time it started.
+        instance: tells this run of the directory from the next: revisions start anew with it. Empty: random.
         table: bounds of what is kept.
-        max_watchers: watchers waiting at a time.
+        max_watchers: watchers waiting at a time; None: two for each node there may be, of which one is its own.
         longest_wait_s: a watcher is answered at least this often.
     """
 
     instance: str = ""
     table: TableConfig = field(default_factory=TableConfig)
-    max_watchers: int = 4_096
+    max_watchers: int | None = None
     longest_wait_s: float = 30.0
+
+    @property
+    def most_watchers(self) -> int:
+        """``max_watchers``, or what follows from the table's ``max_nodes``."""
+        return 2 * self.table.max_nodes if self.max_watchers is None else self.max_watchers
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,12 @@ class Page:
 class DirectoryService:
     """See the module. Monotonic time is the running loop's; ``wall_clock`` judges times of issue."""
 
-    def __init__(self, config: ServiceConfig, wall_clock: WallClock) -> None:
+    def __init__(
+        self, config: ServiceConfig, wall_clock: WallClock, random_bytes: Callable[[int], bytes] = secrets.token_bytes
+    ) -> None:
         self._config = config
         self._wall_clock = wall_clock
-        self._instance = config.instance or f"{int(wall_clock() * 1000):x}"
+        self._instance = config.instance or random_bytes(8).hex()
         self._table = Table(config.table)
         self._links = LinkTable()
         self._waiting: dict[Query, dict[asyncio.Future[None], None]] = {}  # by query: a stage's nodes share one
@@ -142,7 +150,7 @@ class DirectoryService:
 
     async def _change(self, query: Query, until_s: float) -> None:
         """Returns at the next change that concerns ``query``, at the latest at ``until_s``."""
-        if self.watchers >= self._config.max_watchers:
+        if self.watchers >= self._config.most_watchers:
             raise DirectoryError(f"the directory has {self.watchers} watchers already", hint="try again later")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(query, {})[future] = None
