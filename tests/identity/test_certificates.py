@@ -81,6 +81,22 @@ def test_a_leaf_with_another_kind_of_key_names_no_node(tmp_path: Path) -> None:
         peer_node_id(dialler)
 
 
+def test_a_leaf_of_a_version_that_does_not_exist_names_no_node(tmp_path: Path) -> None:
+    identity = Identity.generate()
+    version = b"\xa0\x03\x02\x01"
+    body = certificates._leaf(identity).tbs_certificate_bytes.replace(version + b"\x02", version + b"\x05", 1)
+    signature = certificates._PUBLISHED_KEY.sign(body)
+    inner = body + bytes.fromhex("300506032b6570") + b"\x03\x41\x00" + signature  # Ed25519, a bit string
+    path = tmp_path / "chain.pem"
+    key = identity.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(key + ssl.DER_cert_to_PEM_cert(b"\x30\x82" + len(inner).to_bytes(2, "big") + inner).encode())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    dialler, _ = shake_hands(client_context(Identity.generate()), context)
+    with pytest.raises(IdentityError, match="cannot be read"):
+        peer_node_id(dialler)
+
+
 def test_no_key_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     client_context(Identity.generate())

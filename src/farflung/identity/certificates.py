@@ -59,7 +59,7 @@ def peer_node_id(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> NodeId:
         raise IdentityError("the peer showed no certificate")
     try:
         key = x509.load_der_x509_certificate(leaf).public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise IdentityError(f"the peer's certificate ({len(leaf)} bytes) cannot be read: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise IdentityError("the peer's certificate holds a key of another kind than Ed25519")
