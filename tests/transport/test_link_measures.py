@@ -80,7 +80,11 @@ def test_addresses_survive_parsing(text: str) -> None:
     assert format_address(*parse_address(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", ":80", "host:65536", "::1:80", "[::1]", "http://host:80", "a b:1"])
+NO_ADDRESSES = ["", "host", "host:", ":80", "host:65536", "::1:80", "[::1]", "http://host:80", "a b:1", "host:\u0661"]
+NO_NAMES = ["a..b:1", f"{64 * 'x'}.example:1", "\0:1", "\udc80:1", "[\udc80]:1"]  # sockets raise ValueError for these
+
+
+@pytest.mark.parametrize("text", [*NO_ADDRESSES, *NO_NAMES], ids=ascii)
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_address(text)
