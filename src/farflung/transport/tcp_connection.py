@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -25,7 +26,8 @@ from farflung.transport.uplink import Uplink
 from farflung.wire.fragment import MAX_FRAGMENT_BYTES
 
 _LEAST_UNSENT_BYTES = 4096  # below, the kernel would wake us for every other packet
-_KERNEL_BOUNDS_UNSENT = hasattr(socket, "TCP_NOTSENT_LOWAT")
+_KERNEL_BOUNDS_UNSENT = sys.platform == "linux"
+"""Elsewhere TCP_NOTSENT_LOWAT is missing, or decides only when the socket counts as writable and not how much it takes."""
 
 OnGreeted = Callable[["TcpConnection", FrameLink | None, FarflungError | None], None]
 
