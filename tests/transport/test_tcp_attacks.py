@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -336,15 +337,26 @@ asyncio.run(main())
 """
 
 
+@asynccontextmanager
+async def child_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, NodeId, str]]:
+    """Another process with a node in it, its id and its address."""
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        node_id, address = (await child.stdout.readline()).decode().split()
+        yield child, NodeId(node_id), address
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)  # not child.kill(): it may reap the child before asyncio's watcher does
+        await child.communicate()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 @pytest.mark.parametrize("deadly", ["SIGKILL", "SIGSTOP"])
 def test_a_process_that_is_killed_or_stopped_is_lost_within_the_time_that_is_set(deadly: str) -> None:
     async def scenario(world: TcpWorld) -> None:
-        child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, stdout=asyncio.subprocess.PIPE)
-        try:
-            assert child.stdout is not None
-            node_id, address = (await child.stdout.readline()).decode().split()
-            link = await world.node().transport.dial(NodeId(node_id), [address])
+        async with child_process() as (child, node_id, address):
+            link = await world.node().transport.dial(node_id, [address])
             heard = Recorder()
             link.start(heard)
             os.kill(child.pid, getattr(signal, deadly))
@@ -352,9 +364,21 @@ def test_a_process_that_is_killed_or_stopped_is_lost_within_the_time_that_is_set
                 error = await heard.until_lost()
             assert isinstance(error, LinkLost)
             assert node_id[:8] in str(error)
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)  # not child.kill(): it may reap the child before asyncio's watcher does
-            await child.communicate()
+
+    TcpWorld().run(scenario, LinkConfig(heartbeat_s=0.2, dead_after_s=1.0))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_node_that_was_busy_itself_for_long_does_not_take_its_peer_for_dead() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        async with child_process() as (_, node_id, address):
+            link = await world.node().transport.dial(node_id, [address])
+            link.start(Recorder())
+            await asyncio.sleep(0.3)
+            assert isinstance(link, FrameLink)
+            # In one turn of the loop with the heartbeat and just before it: the heartbeat comes late, and before any reading.
+            asyncio.get_running_loop().call_at(link._beat_at - 1e-4, time.sleep, 1.2)
+            await asyncio.sleep(1.5)
+            assert link.is_up
 
     TcpWorld().run(scenario, LinkConfig(heartbeat_s=0.2, dead_after_s=1.0))

@@ -26,7 +26,7 @@ from farflung.core.ids import NodeId, short
 from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
 from farflung.core.units import Bytes
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
-from farflung.transport.hello import agreed_version
+from farflung.transport.hello import check_versions
 from farflung.transport.link import Frame, LinkConfig, LinkHandler, LinkStats, Priority
 from farflung.transport.measure import DeliveryRate, RoundTrip, fragment_bytes_for
 from farflung.transport.uplink import Fragment, Uplink
@@ -90,7 +90,7 @@ class FrameLink:
         self._round_trip = RoundTrip()
         self._delivery = DeliveryRate()
         self._heard = self._loop.time()
-        self._ping_at = 0.0
+        self._ping_at = self._beat_at = 0.0
         self._timer = self._loop.call_at(greet_by, self._greeting_overdue, self._heard)
         self._post(hello)
 
@@ -248,7 +248,7 @@ class FrameLink:
         match message:
             case Hello() if self.peer_hello is None:
                 self.peer_hello = message
-                agreed_version(self._hello, message, self.peer)
+                check_versions(self._hello, message, self.peer)
                 self._state = _State.UP
                 self._timer.cancel()
                 self._beat()
@@ -282,7 +282,11 @@ class FrameLink:
     def _beat(self) -> None:
         """Sends the ping that is due, ends the link if the peer is silent, and sets the timer for the next of both."""
         now = self._loop.time()
-        silent_s = now - self._heard
+        late_s, silent_s = now - self._beat_at, now - self._heard
+        if silent_s >= self._config.dead_after_s and late_s > self._config.heartbeat_s:
+            # It was this end that slept; what came meanwhile is read before a timer that is set now.
+            self._beat_after(now)
+            return
         if silent_s >= self._config.dead_after_s:
             self.end(
                 LinkLost(
@@ -295,8 +299,11 @@ class FrameLink:
             self._ping_at = now + self._config.heartbeat_s
             if self.writable:  # else enough is under way to show life, and pings would only pile up
                 self._post(Ping(self._round_trip.ping(now)))
-        next_at = min(self._ping_at, self._heard + self._config.dead_after_s)
-        self._timer = self._loop.call_at(max(next_at, now + _LEAST_BEAT_S), self._beat)
+        self._beat_after(max(min(self._ping_at, self._heard + self._config.dead_after_s), now + _LEAST_BEAT_S))
+
+    def _beat_after(self, when: float) -> None:
+        self._beat_at = when
+        self._timer = self._loop.call_at(when, self._beat)
 
     def _greeting_overdue(self, since: float) -> None:
         self.end(
