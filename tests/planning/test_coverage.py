@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from farflung.core.errors import UsageError
 from farflung.core.model import LayerRange
 from farflung.planning.coverage import coverage, missing_layers
-from farflung.planning.placement import choose_layers
+from farflung.planning.placement import choose_layers, is_still_needed
 
 
 def ranges(text: str) -> list[LayerRange]:
@@ -94,6 +94,19 @@ def test_nodes_that_choose_one_after_another_make_a_route(existing: list[LayerRa
         assert 1 <= len(chosen) <= count
         existing = [*existing, chosen]
     assert joins(existing, 9)
+
+
+@given(st.integers(1, 6), st.integers(1, 9))
+def test_nodes_that_start_together_spread_where_each_looks_again_before_it_serves(count: int, nodes: int) -> None:
+    existing: list[LayerRange] = []
+    loaded = [choose_layers(existing, 9, count)] * nodes  # all see the same empty swarm
+    while loaded:
+        ready = loaded.pop()
+        if is_still_needed(ready, existing, 9):
+            existing.append(ready)
+        else:
+            loaded.insert(0, choose_layers(existing, 9, count))
+    assert joins(existing, 9) or len(set(existing)) == nodes
 
 
 def test_a_range_beyond_the_model_is_refused() -> None:

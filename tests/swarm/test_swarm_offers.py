@@ -2,10 +2,12 @@ import pytest
 from swarm_samples import DIGEST, OTHER_DIGEST, a_record
 
 from farflung.core.errors import NoSuchModel, UsageError
+from farflung.core.model import LayerRange
 from farflung.identity.keys import Identity
+from farflung.planning.placement import choose_layers
 from farflung.planning.routes import RouteOptions, choose_route
 from farflung.swarm.links import MeasuredLink
-from farflung.swarm.offers import find_model, link_round_trips_s, offers_of, served_models
+from farflung.swarm.offers import find_model, link_round_trips_s, offers_of, ranges_of, served_models
 
 A, B, C = sorted((Identity.generate() for _ in range(3)), key=lambda identity: identity.node_id)
 
@@ -54,3 +56,15 @@ def test_measured_links_reach_the_choice_of_a_route() -> None:
     links = link_round_trips_s([MeasuredLink(A.node_id, C.node_id, 0.001, 0.0)])
     route = choose_route(offers_of(records, DIGEST, 18), 18, RouteOptions(links=links))
     assert [hop.node_id for hop in route.hops] == [A.node_id, C.node_id]
+
+
+def test_a_record_that_claims_another_depth_and_one_that_drains_count_for_nobody() -> None:
+    records = [
+        a_record(A),
+        a_record(B, model_layers=10_000, layers="5000:6000"),
+        a_record(C, layers="6:18", status="draining"),
+        a_record(Identity.generate(), digest=OTHER_DIGEST, layers="6:18"),
+    ]
+    assert ranges_of(records, DIGEST, 18) == [LayerRange(0, 6)]
+    assert [offer.layers for offer in offers_of(records, DIGEST, 18)] == [LayerRange(0, 6)]
+    assert choose_layers(ranges_of(records, DIGEST, 18), 18, 18) == LayerRange(6, 18)

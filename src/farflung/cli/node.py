@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeOptions:
@@ -64,7 +66,7 @@ def node(
     layers: Annotated[
         str,
         typer.Option("--layers", metavar="A:B|K/N|auto", help="Layers A to B-1, part K of N, or what the swarm needs most."),
-    ] = "auto",
+    ] = AUTO,
     listen: Annotated[
         str,
         typer.Option("--listen", metavar="HOST:PORT", help="Where others connect; port 0 takes a free one."),
@@ -145,8 +147,7 @@ def _run(out: Output, options: NodeOptions, watch: ParentWatch | None) -> None:
             spec = source.spec(progress=progress)
         if wanted is not None:
             source.manifest().check_digest(wanted, source.name)
-        layers = asyncio.run(_choose_layers(options, source, spec))
-        backend = _load(out, options, source, spec, layers)
+        backend = _load_what_is_needed(out, options, source, spec)
         asyncio.run(_serve(out, options, identity, backend, watch))
 
 
@@ -168,13 +169,10 @@ async def _choose_layers(options: NodeOptions, source: ModelSource, spec: ModelS
     """The range to serve. Asks the directory in any case: if that cannot be reached, better to know before loading."""
     from farflung.cli.sizes import layers_that_fit
     from farflung.planning.placement import choose_layers
-    from farflung.swarm.records import Query
 
-    async with directory_at(options.directory) as directory:
-        records = await directory.records(Query(model=spec.digest))
-    if options.layers == "auto":
-        count = layers_that_fit(source, torch_dtype(options.dtype).itemsize)
-        return choose_layers([record.layers for record in records], spec.layers, count)
+    served = await _served(options, spec)
+    if options.layers == AUTO:
+        return choose_layers(served, spec.layers, layers_that_fit(source, torch_dtype(options.dtype).itemsize))
     if "/" in options.layers:
         return part_of(options.layers, spec.layers)
     layers = LayerRange.parse(options.layers)
@@ -185,6 +183,16 @@ async def _choose_layers(options: NodeOptions, source: ModelSource, spec: ModelS
     return layers
 
 
+async def _served(options: NodeOptions, spec: ModelSpec) -> list[LayerRange]:
+    """What other nodes serve of the model now."""
+    from farflung.swarm.offers import ranges_of
+    from farflung.swarm.records import Query
+
+    async with directory_at(options.directory) as directory:
+        records = await directory.records(Query(model=spec.digest))
+    return ranges_of(records, spec.digest, spec.layers)
+
+
 def part_of(text: str, layers: int) -> LayerRange:
     """``"K/N"``: the K-th of N parts, as equal as whole layers allow. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text.strip())
@@ -192,6 +200,21 @@ def part_of(text: str, layers: int) -> LayerRange:
         raise UsageError(f"{text!r} is no part of {layers} layers", hint="write K/N with 1 <= K <= N, e.g. 2/3")
     part, parts = int(match[1]), int(match[2])
     return LayerRange((part - 1) * layers // parts, part * layers // parts)
+
+
+def _load_what_is_needed(out: Output, options: NodeOptions, source: ModelSource, spec: ModelSpec) -> TorchBackend:
+    """Loads the layers to serve. With ``auto`` it looks again afterwards: nodes that were started together chose the same ones,
+    and the first to be ready keeps them."""
+    from farflung.planning.placement import is_still_needed
+
+    while True:
+        layers = asyncio.run(_choose_layers(options, source, spec))
+        backend = _load(out, options, source, spec, layers)
+        if options.layers != AUTO or is_still_needed(layers, asyncio.run(_served(options, spec)), spec.layers):
+            return backend
+        out.note(f"layers {layers} are served by others by now, and layers are missing elsewhere: choosing again")
+        asyncio.run(backend.aclose())
+        del backend  # its memory is wanted
 
 
 def _load(out: Output, options: NodeOptions, source: ModelSource, spec: ModelSpec, layers: LayerRange) -> TorchBackend:

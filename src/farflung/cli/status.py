@@ -89,32 +89,35 @@ def _coverage(group: Sequence[NodeRecord]) -> list[dict[str, object]]:
     """Runs of layers served by equally many nodes."""
     from farflung.planning.coverage import coverage
 
-    first = group[0]
+    first, (depth, served) = group[0], _served(group)
     return [
         {"model": first.model, "digest": first.digest, "layers": [layers.start, layers.stop], "nodes": nodes}
-        for layers, nodes in coverage(_served(group), first.model_layers)
+        for layers, nodes in coverage(served, depth)
     ]
 
 
 def _model(group: Sequence[NodeRecord]) -> dict[str, object]:
     from farflung.planning.coverage import missing_layers
 
-    first = group[0]
-    missing = missing_layers(_served(group), first.model_layers)
+    first, (depth, served) = group[0], _served(group)
+    missing = missing_layers(served, depth)
     return {
         "name": first.model,
         "family": first.family,
         "digest": first.digest,
-        "layers": first.model_layers,
+        "layers": depth,
         "nodes": len(group),
         "complete": not missing,
         "missing": [[gap.start, gap.stop] for gap in missing],
     }
 
 
-def _served(group: Sequence[NodeRecord]) -> list[LayerRange]:
-    """What takes new sessions, of the nodes that mean the same model by the digest."""
-    return [r.layers for r in group if r.status == "serving" and r.model_layers == group[0].model_layers]
+def _served(group: Sequence[NodeRecord]) -> tuple[int, list[LayerRange]]:
+    """Layers of the model, and the ranges that take new sessions."""
+    from farflung.swarm.offers import depth_of, ranges_of
+
+    depth = depth_of(group)
+    return depth, ranges_of(group, group[0].digest, depth)
 
 
 def _show(out: Output, records: Sequence[NodeRecord], links: Sequence[MeasuredLink]) -> None:
@@ -127,7 +130,7 @@ def _show(out: Output, records: Sequence[NodeRecord], links: Sequence[MeasuredLi
         model = _model(group)
         missing = ", ".join(f"{start}:{stop}" for start, stop in model["missing"])  # type: ignore[attr-defined]
         state = "every layer is served" if model["complete"] else f"layers {missing} are missing"
-        count = group[0].model_layers
+        count, _ = _served(group)
         out.print(f"{model['name']}  {count} layers, digest {short(group[0].digest)}: {state}")
         table = Table("node", f"layers 0..{count - 1}", "range", "engine", "1 token", "KV free", "address", box=None)
         for record in group:

@@ -36,3 +36,13 @@ def choose_layers(existing: Sequence[LayerRange], layers: int, count: int) -> La
     # Where every piece between boundaries is longer than count, a head of one: another node can add its rest.
     candidates = aligned or [LayerRange(start, start + count) for start in boundaries[:-1]]
     return min(candidates, key=lambda r: (sum(counts[r.start : r.stop]) / len(r), -len(r), r.start))
+
+
+def is_still_needed(chosen: LayerRange, existing: Sequence[LayerRange], layers: int) -> bool:
+    """Whether a node that chose a range some time ago should serve it, beside the ranges that exist by now.
+
+    It should not where others have come to serve all of it meanwhile and other layers are missing: nodes that start together
+    choose the same ones. Raises UsageError where a range ends beyond the model.
+    """
+    missing = missing_layers(existing, layers)
+    return not missing or any(gap.start < chosen.stop and chosen.start < gap.stop for gap in missing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from farflung.core.errors import NoSuchModel, UsageError
@@ -46,8 +46,8 @@ def served_models(records: Iterable[NodeRecord]) -> tuple[ServedModel, ...]:
             groups[record.model, record.digest].append(record)
     found = []
     for (name, digest), group in sorted(groups.items()):
-        layers = _depth(group)
-        ranges = [record.layers for record in group if record.model_layers == layers]
+        layers = depth_of(group)
+        ranges = ranges_of(group, digest, layers)
         found.append(
             ServedModel(name, digest, layers, len(ranges), coverage(ranges, layers), not missing_layers(ranges, layers))
         )
@@ -89,7 +89,6 @@ def offers_of(
         tokens: rows of the step whose time counts (1 is plain decode).
         round_trips_s: between the driver and nodes, as far as measured.
     """
-    group = [r for r in records if r.digest == digest and r.model_layers == layers and r.status == "serving"]
     return tuple(
         StageOffer(
             node_id=record.node_id,
@@ -99,8 +98,19 @@ def offers_of(
             round_trip_s=(round_trips_s or {}).get(record.node_id),
             engine_class=record.engine_class,
         )
-        for record in sorted(group, key=lambda record: record.node_id)
+        for record in sorted(_serving(records, digest, layers), key=lambda record: record.node_id)
     )
+
+
+def ranges_of(records: Iterable[NodeRecord], digest: ModelDigest, layers: int) -> list[LayerRange]:
+    """The ranges that serving nodes of the model hold; arguments as for ``offers_of``."""
+    return [record.layers for record in _serving(records, digest, layers)]
+
+
+def depth_of(records: Sequence[NodeRecord]) -> int:
+    """The number of layers most of ``records`` (one at least, of one digest) claim; of equal claims the smaller."""
+    claims = [record.model_layers for record in records]
+    return min(claims, key=lambda layers: (-claims.count(layers), layers))
 
 
 def link_round_trips_s(links: Iterable[MeasuredLink]) -> dict[tuple[NodeId, NodeId], float]:
@@ -114,7 +124,6 @@ def _step_ms(record: NodeRecord, tokens: int) -> float:
     return time_ms(record.t_curve_ms, tokens)
 
 
-def _depth(records: Sequence[NodeRecord]) -> int:
-    """The number of layers most records claim; of equal ones the smaller."""
-    claims = [record.model_layers for record in records]
-    return min(claims, key=lambda layers: (-claims.count(layers), layers))
+def _serving(records: Iterable[NodeRecord], digest: ModelDigest, layers: int) -> Iterator[NodeRecord]:
+    """Anybody can sign a record that claims a digest and another depth, so both count."""
+    return (r for r in records if r.digest == digest and r.model_layers == layers and r.status == "serving")
