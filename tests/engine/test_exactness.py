@@ -210,6 +210,34 @@ def test_every_branch_of_a_tree_equals_that_branch_alone_before_and_after_commit
     run(model, body)
 
 
+def test_more_branches_than_go_in_one_pass_equal_each_branch_alone(model: tuple[Path, Any]) -> None:
+    count = BLOCK_ROWS + 40
+    stem, leaves = text(20, seed=13), text(count, seed=14)
+    deep = text(count, seed=15)
+
+    async def body(ring: Ring) -> None:
+        ring.open(A, lease=KV_TOKENS)
+        await ring.step(path_work(A, stem, 0, 20))
+        star = tuple(SlotRun(20 + index, 1, 19) for index in range(count))
+        await ring.step(StageWork(session=A, runs=star, token_ids=leaves.numpy().astype(np.int32)))
+        for index in (0, 1, BLOCK_ROWS - 1, BLOCK_ROWS, count - 1):
+            whole = torch.cat([stem, leaves[index : index + 1]])
+            assert ring.error(A, (20 + index,), whole_logits(model, whole)[20:]) < TOLERANCE
+
+    run(model, body)
+
+    async def fork(ring: Ring) -> None:
+        ring.open(A, lease=KV_TOKENS)
+        await ring.step(path_work(A, stem, 0, 20))
+        # Two paths, the second of which begins in the first pass and ends in the second.
+        runs = (SlotRun(20, 10, 19), SlotRun(30, count - 10, 19))
+        await ring.step(StageWork(session=A, runs=runs, token_ids=deep.numpy().astype(np.int32)))
+        reference = whole_logits(model, torch.cat([stem, deep[10:]]))
+        assert ring.error(A, range(30, 20 + count), reference[20:]) < TOLERANCE
+
+    run(model, fork)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "granite", "qwen3"])
 def test_softcaps_sinks_and_scaled_embeddings_and_logits_survive_the_split(family: str, tmp_path: Path) -> None:
     special = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from farflung.core.ids import SessionId
 from farflung.core.model import LayerRange
 from farflung.core.sampling import SamplingOptions
 from farflung.core.window import Commit, SlotRun, spans_of
-from farflung.engine.attention import ATTENTION
+from farflung.engine.attention import ATTENTION, BLOCK_ROWS, MASK_CELLS, max_rows
 from farflung.engine.backend import SessionSpec, StageResult, StageWork
 from farflung.engine.bench import StageBenchConfig, bench_stage
 from farflung.engine.compute import ComputeThread
@@ -24,7 +25,7 @@ from farflung.engine.linear import BlockedLinear, PackedLinear, block_linears, p
 from farflung.engine.loader import load_stage
 from farflung.engine.safetensors_source import SafetensorsSource
 from farflung.engine.t_curve import measure_t_curve
-from farflung.engine.torch_backend import BackendConfig, TorchBackend, load_backend
+from farflung.engine.torch_backend import HEAD_ROWS, BackendConfig, TorchBackend, load_backend
 from farflung.sampling.sampler import sample_rows
 
 A, B = SessionId("a" * 32), SessionId("b" * 32)
@@ -152,6 +153,56 @@ def test_the_tail_samples_with_the_position_of_the_token_to_come(source: Safeten
     assert result.tokens == tuple(sample_rows(seen[A], SamplingOptions(**options), [3]))
 
 
+def test_answers_to_every_row_of_a_long_window_come_in_order_from_few_logits_at_a_time(source: SafetensorsSource) -> None:
+    count = 2 * HEAD_ROWS + 5
+    sizes: list[int] = []
+    ids = [3 + index % 300 for index in range(count)]
+    every = dataclasses.replace(prompt(A, ids), want=tuple(range(count)))
+    backend = backend_of(source, kv_tokens=200, on_logits=lambda session, slots, logits: sizes.append(len(logits)))
+    (result,) = results_of(backend, every, sessions=(spec_of(A, lease=count),))
+    assert sizes == [HEAD_ROWS, HEAD_ROWS, 5]
+    backwards = dataclasses.replace(every, want=every.want[::-1])
+    (reverse,) = results_of(backend_of(source, kv_tokens=200), backwards, sessions=(spec_of(A, lease=count),))
+    assert len(result.tokens) == count
+    assert reverse.tokens == result.tokens[::-1]
+
+
+@pytest.mark.parametrize("keys", [1, 4096, MASK_CELLS // BLOCK_ROWS, 131072, 10 * MASK_CELLS])
+def test_the_mask_of_a_pass_is_bounded(keys: int) -> None:
+    assert 1 <= max_rows(keys) <= BLOCK_ROWS
+    assert max_rows(keys) == 1 or max_rows(keys) * keys <= MASK_CELLS
+
+
+def without_memory(*_: object) -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("where", ["layers", "head"])
+def test_memory_that_cannot_be_had_ends_the_sessions_of_the_step_and_not_the_node(
+    source: SafetensorsSource, where: str
+) -> None:
+    stage = load_stage(source, WHOLE, torch.float32, attention=ATTENTION)
+    assert stage.norm is not None
+    backend = TorchBackend(stage, source.spec(), BackendConfig(kv_tokens=100))
+    hook = (stage.layers[3] if where == "layers" else stage.norm).register_forward_pre_hook(without_memory)
+
+    async def body() -> None:
+        for spec in (spec_of(A), spec_of(B)):
+            backend.open(spec)
+        bad = (await backend.step([prompt(A, [4, 5]), prompt(B, [6])])).results
+        assert [type(result.error) for result in bad] == [StageFailed, StageFailed]
+        assert all("memory" in str(result.error) for result in bad)
+        hook.remove()
+        for session in (A, B):
+            backend.close(session)
+        backend.open(spec_of(A))
+        (good,) = (await backend.step([prompt(A, [4, 5])])).results
+        assert good.error is None
+        await backend.aclose()
+
+    asyncio.run(body())
+
+
 def test_inline_and_threaded_compute_give_the_same_tokens(source: SafetensorsSource) -> None:
     (inline,) = results_of(backend_of(source, inline=True), prompt(A, [4, 5, 6]))
     (threaded,) = results_of(backend_of(source), prompt(A, [4, 5, 6]))
@@ -235,9 +286,7 @@ def test_packed_weights_multiply_bit_for_bit_like_plain_ones_and_leave_a_tied_em
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bias"), [(320, 256, True), (1026, 64, False), (4096, 32, True)])
-def test_fp32_weights_multiplied_in_blocks_give_the_plain_product_and_are_no_copy(
-    outputs: int, inputs: int, bias: bool
-) -> None:
+def test_fp32_weights_in_blocks_give_the_plain_product_and_are_no_copy(outputs: int, inputs: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(inputs, outputs, bias=bias)
     blocked = BlockedLinear(linear, 4)

@@ -1,17 +1,17 @@
 """Attention over our KV pool, as a function that transformers calls.
 
 Registered with ``AttentionInterface`` under ``ATTENTION``: a name that transformers has no mask function for makes it skip its
-own masks, and a keyword handed to a layer reaches the function, so that nothing here is global. One packed step is
+own masks, and a keyword handed to a layer reaches the function, so that nothing here is global. One packed pass is
 ``[1, rows, ...]`` with the rows of several sessions side by side; a ``Segment`` says for each session what its rows see.
 
 Measured on a CPU (bf16 and fp32, 14 query and 2 key heads): for few rows, folding the query heads of a group into the rows
 reads each key once and is 5 to 14 times faster in bf16 than repeating keys; from some 32 rows on all variants lie within 10%,
-the causal triangle as a mask no slower than ``is_causal``. So one masked call per block of rows serves prompts.
+the causal triangle as a mask no slower than ``is_causal``. So one masked call per pass serves prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,37 +25,28 @@ ATTENTION = "farflung"
 FOLD_ROWS = 32
 """Up to this many rows of a session, query groups are folded into rows."""
 BLOCK_ROWS = 256
-"""Longer chunks are computed in blocks of this many rows, so that masks and scores stay bounded."""
+"""At most this many rows go through the layers at a time; longer windows go in several passes."""
+MASK_CELLS = 2**23
+"""Values of one mask: 32 MiB of fp32, 256 rows over 32k keys. Over more keys fewer rows go at a time."""
 EXPLICIT_SCORES = 2**24
 """Scores held at a time where they are written out (softcap, sinks): 64 MiB of fp32."""
 
 
-class CausalMasks:
-    """Additive causal masks aligned to the lower right, as views of one tensor per sliding window; they only ever grow.
+def max_rows(keys: int) -> int:
+    """Rows of a session that may meet ``keys`` cells at a time, so that no mask has more than ``MASK_CELLS`` values."""
+    return max(1, min(BLOCK_ROWS, MASK_CELLS // max(1, keys)))
 
-    Row i of a block with ``past`` keys before it sees columns up to ``past + i``, in a window of W from ``past + i - W + 1``
-    on. All these masks are rectangles of one [BLOCK_ROWS, P + BLOCK_ROWS] tensor.
+
+def causal_mask(rows: int, past: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, past + rows]: 0 where seen, minus infinity elsewhere.
+
+    Row i sees columns up to ``past + i``, in a window of W from ``past + i - W + 1`` on. Made anew for each step: 6 ms for 256
+    rows over 32k keys, where the layers take seconds.
     """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._masks: dict[int | None, torch.Tensor] = {}
-
-    def get(self, rows: int, past: int, window: int | None) -> torch.Tensor:
-        """[rows, past + rows]: 0 where seen, minus infinity elsewhere. ``rows`` is at most BLOCK_ROWS."""
-        mask = self._masks.get(window)
-        if mask is None or mask.shape[1] < past + BLOCK_ROWS:
-            mask = self._masks[window] = self._build(max(1024, 1 << past.bit_length()), window)
-        width = mask.shape[1] - BLOCK_ROWS
-        return mask[:rows, width - past : width + rows]
-
-    def _build(self, width: int, window: int | None) -> torch.Tensor:
-        row = torch.arange(BLOCK_ROWS)[:, None]
-        column = torch.arange(-width, BLOCK_ROWS)[None]
-        hidden = column > row
-        if window is not None:
-            hidden |= column <= row - window
-        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+    hidden = torch.full((rows, past + rows), -torch.inf, dtype=dtype)
+    if window is None:
+        return hidden.triu_(past + 1)
+    return hidden.triu(past + 1) + hidden.tril_(past - window)
 
 
 class Scores(NamedTuple):
@@ -74,65 +65,54 @@ class Scores(NamedTuple):
     sinks: torch.Tensor | None
 
 
-class Block(NamedTuple):
-    """Some rows of a segment and the keys they meet: cells ``low <= i < high`` of the pool, under an additive mask if any."""
+class Keys(NamedTuple):
+    """What the rows of a segment meet: cells ``low <= i < high`` of the pool, under an additive mask if any."""
 
-    start: int
-    stop: int
     low: int
     high: int
     mask: torch.Tensor | None
 
 
 class Segment:
-    """The rows of one session in a step, and what they see."""
+    """The rows of one session in a pass, and what they see."""
 
-    def __init__(self, start: int, base: int, rows: NewRows, cells: SessionCells, masks: CausalMasks) -> None:
-        """``start``: first row in the packed step. ``base``: first cell of the session's extent in the pool."""
+    def __init__(self, start: int, base: int, rows: NewRows, cells: SessionCells, dtype: torch.dtype) -> None:
+        """``start``: first row in the pass. ``base``: first cell of the session's extent in the pool. ``dtype``: of masks."""
         self.start = start
         self.stop = start + len(rows.slots)
         self._base = base
         self._rows = rows
         self._cells = cells
-        self._masks = masks
+        self._dtype = dtype
         self._first = int(rows.positions[0])
         self._last = int(rows.positions.max())
-        self._keys = cells.slice_keys(rows)
-        self._blocks: dict[int | None, tuple[Block, ...]] = {}
+        self._slice = cells.slice_keys(rows)
+        self._keys: dict[int | None, Keys] = {}
 
-    def blocks(self, window: int | None) -> tuple[Block, ...]:
+    def keys(self, window: int | None) -> Keys:
         """The same for all layers that share a window; ``window`` None: no sliding window."""
-        found = self._blocks.get(window)
+        found = self._keys.get(window)
         if found is None:
             active = None if window is not None and self._last < window else window
-            found = self._blocks[window] = tuple(self._plan(active))
+            found = self._keys[window] = self._plan(active)
         return found
 
-    def _plan(self, window: int | None) -> Iterator[Block]:
-        first, base, rows = self._first, self._base, len(self._rows.slots)
-        oldest = 0 if window is None else max(0, first - window + 1)
-        if self._keys is None or (window is not None and not self._cells.in_order(oldest, self._keys)):
-            yield from self._plan_scattered(window)
-            return
-        for start in range(0, rows, BLOCK_ROWS):
-            stop = min(rows, start + BLOCK_ROWS)
-            low = 0 if window is None else max(0, first + start - window + 1)
-            mask = None if stop - start == 1 else self._masks.get(stop - start, first + start - low, window)
-            yield Block(self.start + start, self.start + stop, base + low, base + first + stop, mask)
-
-    def _plan_scattered(self, window: int | None) -> Iterator[Block]:
-        visible = torch.from_numpy(self._cells.visible(self._rows, window))
-        for start in range(0, len(visible), BLOCK_ROWS):
-            part = visible[start : start + BLOCK_ROWS]
-            mask = torch.zeros(part.shape, dtype=self._masks.dtype).masked_fill_(~part, -torch.inf)
-            yield Block(self.start + start, self.start + start + len(part), self._base, self._base + part.shape[1], mask)
+    def _plan(self, window: int | None) -> Keys:
+        low = 0 if window is None else max(0, self._first - window + 1)
+        if self._slice is None or (window is not None and not self._cells.in_order(low, self._slice)):
+            visible = torch.from_numpy(self._cells.visible(self._rows, window))
+            mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(visible.logical_not_(), -torch.inf)
+            return Keys(self._base, self._base + visible.shape[1], mask)
+        rows = len(self._rows.slots)
+        causal = None if rows == 1 else causal_mask(rows, self._first - low, window, self._dtype)
+        return Keys(self._base + low, self._base + self._first + rows, causal)
 
 
 class StepAttention:
-    """What one packed step hands to the attention of every layer."""
+    """What one pass hands to the attention of every layer."""
 
     def __init__(self, kv: KvTensors, cells: torch.Tensor, segments: Sequence[Segment]) -> None:
-        """``cells``: int64 [rows], the pool cell of each row."""
+        """``cells``: int64 [rows], the pool cell of each row. ``segments`` cover all rows, in order."""
         self._kv = kv
         self._cells = cells
         self._segments = segments
@@ -145,9 +125,9 @@ class StepAttention:
         attend = _attend if scores.softcap is None and scores.sinks is None else _attend_explicit
         parts: list[torch.Tensor] = []
         for segment in self._segments:
-            for start, stop, low, high, mask in segment.blocks(scores.window):
-                rows = query if stop - start == query.shape[2] else query[:, :, start:stop]
-                parts.append(attend(rows, keys[:, low:high], values[:, low:high], mask, scores))
+            low, high, mask = segment.keys(scores.window)
+            rows = query if len(self._segments) == 1 else query[:, :, segment.start : segment.stop]
+            parts.append(attend(rows, keys[:, low:high], values[:, low:high], mask, scores))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

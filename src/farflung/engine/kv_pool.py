@@ -76,6 +76,12 @@ class NewRows:
     positions: NDArray[np.int64]
     is_path: bool
 
+    def part(self, start: int, stop: int) -> NewRows:
+        """Rows ``start`` to ``stop``, as if they had come by themselves after those before them."""
+        if (start, stop) == (0, len(self.slots)):
+            return self
+        return NewRows(self.slots[start:stop], self.cells[start:stop], self.positions[start:stop], self.is_path)
+
 
 class SessionCells:
     """The cells of one session. Cells are offsets in its extent of ``size`` cells.

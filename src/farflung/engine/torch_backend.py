@@ -6,7 +6,8 @@ compute thread, one step at a time. A session that is closed while its step runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from farflung.core.errors import FarflungError, MalformedFrame, ProtocolViolatio
 from farflung.core.ids import ModelDigest, SessionId, short
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine import codec
-from farflung.engine.attention import ATTENTION, CausalMasks, Segment, StepAttention
+from farflung.engine.attention import ATTENTION, BLOCK_ROWS, Segment, StepAttention, max_rows
 from farflung.engine.backend import SessionSpec, StageResult, StageWork, StepReport
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
 from farflung.engine.kv_pool import Extents, NewRows, SessionCells
@@ -27,6 +28,9 @@ from farflung.engine.recipe import learn_recipe
 from farflung.engine.source import ModelSource, Progress
 from farflung.sampling.sampler import sample_rows
 from farflung.wire.codec import codec as codec_named
+
+HEAD_ROWS = 64
+"""Wanted rows that go through the head at a time: their logits are as wide as the vocabulary."""
 
 LogitsHook = Callable[[SessionId, tuple[int, ...], torch.Tensor], None]
 
@@ -40,8 +44,8 @@ class BackendConfig:
         threads: OpenMP workers; None leaves torch's choice.
         inline: compute on the event loop instead of a thread (virtual clocks).
         pack: use pre-packed bf16 weights and fp32 weights in blocks where they are faster here.
-        on_logits: told, in the compute thread, the session, the wanted slots and their fp32 logits [slots, vocab]; for
-            exactness checks and audits.
+        on_logits: told, in the compute thread, the session, some wanted slots (at most ``HEAD_ROWS``) and their fp32 logits
+            [slots, vocab]; for exactness checks and audits.
     """
 
     kv_tokens: int
@@ -83,6 +87,15 @@ class _Part:
     rows: NewRows
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one window that go through the layers in one pass."""
+
+    session: _Session
+    input: torch.Tensor
+    rows: NewRows
+
+
 class TorchBackend:
     """See ``StageBackend``."""
 
@@ -99,7 +112,6 @@ class TorchBackend:
             block_linears(stage.model)
         self._recipe = learn_recipe(stage)
         self._kv = KvTensors(self._recipe.shapes, config.kv_tokens, stage.dtype)
-        self._masks = CausalMasks(stage.dtype)
         self._extents = Extents(config.kv_tokens)
         self._sessions: dict[SessionId, _Session] = {}
         self._running: frozenset[SessionId] = frozenset()
@@ -175,17 +187,26 @@ class TorchBackend:
                 try:
                     if session is None:
                         raise ProtocolViolation(f"session {short(item.session)} is not open here")
-                    rows = self._read(item, session)
+                    with self._memory_checked():
+                        rows = self._read(item, session)
                     parts.append(_Part(index, session, item, rows, session.cells.apply(item.runs, item.commit)))
                 except FarflungError as error:
                     results[index] = StageResult(session=item.session, error=error)
             filled = [part for part in parts if part.rows.slots]
-            hidden = self._forward(filled) if filled else None
+            hidden, failed = None, None
+            try:
+                with self._memory_checked():
+                    hidden = self._forward(filled) if filled else None
+            except StageFailed as error:
+                failed = error
             start = 0
             for part in parts:
                 stop = start + len(part.rows.slots)
                 try:
-                    results[part.index] = self._finish(part, None if hidden is None else hidden[0, start:stop])
+                    if failed is not None and part.rows.slots:
+                        raise failed
+                    with self._memory_checked():
+                        results[part.index] = self._finish(part, None if hidden is None else hidden[0, start:stop])
                 except FarflungError as error:
                     results[part.index] = StageResult(session=part.work.session, error=error)
                 start = stop
@@ -213,14 +234,18 @@ class TorchBackend:
 
     def _forward(self, parts: Sequence[_Part]) -> torch.Tensor:
         """All rows of the step through the stage's layers: [1, rows, width]."""
+        passes = [self._pass(pieces) for pieces in _passes(parts)]
+        return passes[0] if len(passes) == 1 else torch.cat(passes, 1)
+
+    def _pass(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         segments: list[Segment] = []
         start = 0
-        for part in parts:
-            segments.append(Segment(start, part.session.base, part.rows, part.session.cells, self._masks))
-            start += len(part.rows.slots)
-        positions = torch.from_numpy(np.concatenate([part.rows.positions for part in parts]))[None]
-        cells = torch.from_numpy(np.concatenate([part.rows.cells + part.session.base for part in parts]))
-        packed = parts[0].input[None] if len(parts) == 1 else torch.cat([part.input for part in parts])[None]
+        for piece in pieces:
+            segments.append(Segment(start, piece.session.base, piece.rows, piece.session.cells, self._dtype))
+            start += len(piece.rows.slots)
+        positions = torch.from_numpy(np.concatenate([piece.rows.positions for piece in pieces]))[None]
+        cells = torch.from_numpy(np.concatenate([piece.rows.cells + piece.session.base for piece in pieces]))
+        packed = pieces[0].input[None] if len(pieces) == 1 else torch.cat([piece.input for piece in pieces])[None]
         hidden = self._recipe.entry(packed, positions) if self._recipe.entry is not None else packed
         return self._recipe.run_layers(hidden, positions, StepAttention(self._kv, cells, segments))
 
@@ -243,8 +268,53 @@ class TorchBackend:
             return ()
         index = {slot: row for row, slot in enumerate(part.rows.slots)}
         chosen = [index[slot] for slot in want]
-        logits = self._recipe.exit(hidden[None, chosen])[0].float()
-        if self._config.on_logits is not None:
-            self._config.on_logits(part.work.session, want, logits)
-        next_positions = [int(part.rows.positions[row]) + 1 for row in chosen]
-        return tuple(sample_rows(logits.numpy(), part.session.spec.sampling, next_positions))
+        tokens: list[int] = []
+        for start in range(0, len(want), HEAD_ROWS):
+            some = chosen[start : start + HEAD_ROWS]
+            logits = self._recipe.exit(hidden[None, some])[0].float()
+            if self._config.on_logits is not None:
+                self._config.on_logits(part.work.session, want[start : start + HEAD_ROWS], logits)
+            next_positions = [int(part.rows.positions[row]) + 1 for row in some]
+            tokens += sample_rows(logits.numpy(), part.session.spec.sampling, next_positions)
+        return tuple(tokens)
+
+    @contextmanager
+    def _memory_checked(self) -> Iterator[None]:
+        """Raises StageFailed for memory that cannot be had: the sessions of the step end, the node goes on."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise StageFailed(
+                f"layers {self._range} have not enough memory for a window: {str(error).partition(chr(10))[0]}",
+                hint="send shorter windows, or choose a node with more memory",
+            ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU allocator of torch has no exception type of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _passes(parts: Sequence[_Part]) -> Iterator[list[_Piece]]:
+    """The rows of a step, in order, in groups that go through the layers together.
+
+    A long window is computed as several short ones, which keeps activations and masks bounded however long it is. The later
+    rows see the keys of the earlier ones in the pool, as they see those of earlier windows.
+    """
+    group: list[_Piece] = []
+    room = BLOCK_ROWS
+    for part in parts:
+        count, start = len(part.rows.slots), 0
+        most = max_rows(part.session.cells.high)
+        while start < count:
+            if not room:
+                yield group
+                group, room = [], BLOCK_ROWS
+            stop = min(count, start + min(most, room))
+            group.append(_Piece(part.session, part.input[start:stop], part.rows.part(start, stop)))
+            room = room - (stop - start) if stop == count else 0
+            start = stop
+    if group:
+        yield group
