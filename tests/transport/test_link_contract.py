@@ -98,6 +98,17 @@ def test_frames_of_one_channel_never_overtake_each_other(world: World) -> None:
     world.run(scenario)
 
 
+def test_more_channels_than_may_be_half_received_share_a_link(world: World) -> None:
+    async def scenario(world: World) -> None:
+        link, _, _, heard = await linked(world)
+        for number in range(300):
+            link.send(link.new_channel(), numbered(number, [bytes(40_000)]), Priority.PREFILL)
+        await heard.until_frames(300)
+        assert link.is_up
+
+    world.run(scenario)
+
+
 def test_a_small_urgent_frame_passes_a_big_one_that_is_under_way(world: World) -> None:
     async def scenario(world: World) -> None:
         link, _, _, heard = await linked(world)
