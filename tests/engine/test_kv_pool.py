@@ -134,6 +134,15 @@ def test_a_lease_that_does_not_fit_is_refused_with_what_is_free() -> None:
         pool.reserve(35)
 
 
+def test_a_short_lease_goes_where_it_leaves_long_ones_their_place() -> None:
+    pool = Extents(100)
+    long, _, short, _ = pool.reserve(50), pool.reserve(5), pool.reserve(20), pool.reserve(25)
+    pool.release(long, 50)
+    pool.release(short, 20)
+    assert pool.reserve(15) == short
+    assert pool.largest_free == 50
+
+
 def test_plain_decode_reads_one_slice_in_order() -> None:
     cells = SessionCells(40)
     prompt = cells.apply([SlotRun(0, 10, NO_SLOT)], Commit(0, spans_of(range(10))))

@@ -87,6 +87,17 @@ def test_a_lease_that_does_not_fit_is_refused_and_closing_makes_room(source: Saf
     assert backend.kv_free_tokens == 0
 
 
+def test_what_is_announced_as_free_is_the_largest_lease_that_is_granted(source: SafetensorsSource) -> None:
+    backend = backend_of(source, inline=True)
+    backend.open(spec_of(A, lease=30))
+    backend.open(spec_of(B, lease=30))
+    backend.close(A)
+    assert backend.kv_free_tokens == 40  # of 70 that nobody holds
+    with pytest.raises(SessionRefused, match="70 of 100 are free, 40 of them in one piece"):
+        backend.open(spec_of(A, lease=41))
+    backend.open(spec_of(A, lease=40))
+
+
 def one(slot: int, parent: int, *ids: int) -> StageWork:
     return StageWork(session=A, runs=(SlotRun(slot, 1, parent),), token_ids=np.array(ids, np.int32))
 

@@ -103,7 +103,7 @@ class StageBackend(Protocol):
 
     @property
     def kv_free_tokens(self) -> int:
-        """KV cells that no session holds."""
+        """The largest lease, in KV cells, that would be granted now: where leases are contiguous, the longest free extent."""
 
     def open(self, spec: SessionSpec) -> None:
         """Reserves KV. Raises SessionRefused, saying what is free, where there is not enough."""

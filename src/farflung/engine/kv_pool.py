@@ -22,7 +22,7 @@ from farflung.core.window import Commit, SlotRun
 
 
 class Extents:
-    """First-fit allocator of contiguous extents in ``[0, size)``."""
+    """Best-fit allocator of contiguous extents in ``[0, size)``: short leases fill short gaps and leave long ones whole."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -34,14 +34,17 @@ class Extents:
 
     @property
     def largest_free(self) -> int:
+        """The longest that ``reserve`` would grant now."""
         return max((count for _, count in self._free), default=0)
 
     def reserve(self, count: int) -> int:
         """The start of ``count`` cells that are now taken. Raises SessionRefused where no free extent is that long."""
-        for index, (start, free) in enumerate(self._free):
-            if count <= free:
-                self._free[index : index + 1] = [(start + count, free - count)] if count < free else []
-                return start
+        fits = [(free, index) for index, (_, free) in enumerate(self._free) if count <= free]
+        if fits:
+            free, index = min(fits)
+            start = self._free[index][0]
+            self._free[index : index + 1] = [(start + count, free - count)] if count < free else []
+            return start
         raise SessionRefused(
             f"a KV lease of {count} tokens does not fit: {self.free_tokens} of {self.size} are free, "
             f"{self.largest_free} of them in one piece",

@@ -136,7 +136,7 @@ class TorchBackend:
 
     @property
     def kv_free_tokens(self) -> int:
-        return self._extents.free_tokens
+        return self._extents.largest_free
 
     def open(self, spec: SessionSpec) -> None:
         if spec.session in self._sessions:
