@@ -34,13 +34,23 @@ def main(extras: list[str]) -> int:
     fingerprint = f"{' '.join(wanted)} {_fingerprint()}"
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == fingerprint:
         return 0
-    if not PYTHON.exists():
-        print("making .venv", flush=True)
-        venv.create(VENV, with_pip=True, clear=VENV.exists())
+    make_venv(VENV, PYTHON, installed=STAMP.exists())
     code = _install(wanted)
     if code == 0:
         STAMP.write_text(fingerprint)
     return code
+
+
+def make_venv(folder: Path, python: Path, *, installed: bool) -> None:
+    """A virtual environment with pip; made anew where an earlier try was cut short and left one without."""
+    if python.exists() and (installed or _imports_pip(python)):
+        return
+    print("making .venv", flush=True)
+    venv.create(folder, with_pip=True, clear=folder.exists())
+
+
+def _imports_pip(python: Path) -> bool:
+    return subprocess.run([str(python), "-c", "import pip"], capture_output=True, check=False).returncode == 0
 
 
 def _install(extras: list[str]) -> int:
