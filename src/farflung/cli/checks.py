@@ -27,10 +27,10 @@ OLDEST_SANE_CLOCK = datetime(2026, 1, 1, tzinfo=UTC)
 MAX_CLOCK_SKEW_S = 30.0
 """Openings and records carry wall-clock times; a node whose clock is further off refuses and is refused."""
 
-ENOUGH_MEMORY = Bytes.from_gib(3)
+ENOUGH_MEMORY = Bytes(3 * 1024**3)
 """The demo holds Gemma-3-270m in fp32 in three processes: some 2.5 GiB."""
 
-ENOUGH_DISK = Bytes.from_gib(1)
+ENOUGH_DISK = Bytes(1024**3)
 
 
 @dataclass(frozen=True)

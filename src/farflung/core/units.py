@@ -8,26 +8,6 @@ class Bytes(int):
 
     __slots__ = ()
 
-    @classmethod
-    def from_kib(cls, kib: float) -> Bytes:
-        return cls(int(kib * 1024))
-
-    @classmethod
-    def from_mib(cls, mib: float) -> Bytes:
-        return cls(int(mib * 1024**2))
-
-    @classmethod
-    def from_gib(cls, gib: float) -> Bytes:
-        return cls(int(gib * 1024**3))
-
-    @property
-    def mib(self) -> float:
-        return int(self) / 1024**2
-
-    @property
-    def gib(self) -> float:
-        return int(self) / 1024**3
-
     def __str__(self) -> str:
         size = float(int(self))
         for unit in ("B", "KiB", "MiB", "GiB"):
