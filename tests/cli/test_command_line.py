@@ -67,7 +67,7 @@ def test_version_says_the_version(farflung: Farflung) -> None:
     ("arguments", "named"),
     [
         (["generate"], "PROMPT"),
-        (["status"], "--directory"),
+        (["node"], "--model"),
         (["nonsense"], "nonsense"),
         (["doctor", "--nonsense"], "--nonsense"),
         (["generate", "-d", "http://127.0.0.1:1", "-m", "x", "--max-tokens", "none", "hi"], "--max-tokens"),

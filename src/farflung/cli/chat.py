@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from farflung.cli.choices import check_codec, check_speculation
-from farflung.cli.options import Codec, Debug, Directory, Json, MaxTokens, Model, Seed, Temperature, TopP, examples
+from farflung.cli.options import (
+    DEFAULT_DIRECTORY,
+    Codec,
+    Debug,
+    Directory,
+    Json,
+    MaxTokens,
+    Model,
+    Seed,
+    Temperature,
+    TopP,
+    examples,
+)
 from farflung.cli.output import Output, command
 from farflung.core.errors import FarflungError
 
@@ -33,14 +45,14 @@ _T = TypeVar("_T")
 
 @app.command(
     epilog=examples(
-        "farflung chat -d http://127.0.0.1:7700 -m qwen2.5-coder-0.5b",
-        'farflung chat -d http://127.0.0.1:7700 -m qwen2.5-coder-0.5b --system "Answer in one sentence."',
-        "echo 'What is a monad?' | farflung chat -d http://127.0.0.1:7700 -m qwen2.5-coder-0.5b",
+        "farflung chat -m qwen2.5-coder-0.5b",
+        'farflung chat -m qwen2.5-coder-0.5b --system "Answer in one sentence."',
+        "echo 'What is a monad?' | farflung chat -m qwen2.5-coder-0.5b",
     )
 )
 def chat(
     *,
-    directory: Directory,
+    directory: Directory = DEFAULT_DIRECTORY,
     model: Model,
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="Instructions before the conversation.")] = "",
     max_tokens: MaxTokens = 512,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farflung.cli.options import Debug, ExitWithStdin, Json, State, examples
+from farflung.cli.options import DEFAULT_DIRECTORY, Debug, ExitWithStdin, Json, State, examples
 from farflung.cli.output import Output, command
 from farflung.cli.stopping import ParentWatch, stop_requests
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-DEFAULT_LISTEN = "127.0.0.1:7700"
+DEFAULT_LISTEN = DEFAULT_DIRECTORY.removeprefix("http://")
 
 
 @app.command(

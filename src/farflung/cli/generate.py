@@ -9,6 +9,7 @@ import typer
 
 from farflung.cli.choices import check_codec, check_speculation
 from farflung.cli.options import (
+    DEFAULT_DIRECTORY,
     Codec,
     Debug,
     Directory,
@@ -31,15 +32,15 @@ app = typer.Typer()
 
 @app.command(
     epilog=examples(
-        'farflung generate -d http://127.0.0.1:7700 -m gemma3-270m "The capital of France is"',
-        "farflung generate -d http://127.0.0.1:7700 -m gemma3-270m --temperature 0.8 --seed 7 - < prompt.txt",
-        'farflung generate -d http://127.0.0.1:7700 -m gemma3-270m --json "Once upon a time" | jq .decode_tokens_per_s',
+        'farflung generate -m gemma3-270m "The capital of France is"',
+        "farflung generate -m gemma3-270m --temperature 0.8 --seed 7 - < prompt.txt",
+        'farflung generate -m gemma3-270m --json "Once upon a time" | jq .decode_tokens_per_s',
     )
 )
 def generate(
     *,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; '-' reads it from stdin.")],
-    directory: Directory,
+    directory: Directory = DEFAULT_DIRECTORY,
     model: Model,
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.0,

@@ -16,7 +16,7 @@ import typer
 
 from farflung.cli.choices import CODECS, check_codec, check_dtype, torch_dtype
 from farflung.cli.directory import directory_at
-from farflung.cli.options import Debug, Directory, ExitWithStdin, Json, Model, State, examples
+from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, ExitWithStdin, Json, Model, State, examples
 from farflung.cli.output import Output, command
 from farflung.cli.stopping import ParentWatch, first_of, stop_requests
 from farflung.core.errors import UsageError
@@ -54,14 +54,14 @@ class NodeOptions:
 
 @app.command(
     epilog=examples(
-        "farflung node -d http://127.0.0.1:7700 -m gemma3-270m --layers 0:6",
-        "farflung node -d http://127.0.0.1:7700 -m gemma3-270m --layers 2/3      (the second of three equal parts)",
+        "farflung node -m gemma3-270m --layers 0:6",
+        "farflung node -m gemma3-270m --layers 2/3      (the second of three equal parts)",
         "farflung node -d http://10.0.0.5:7700 -m Qwen/Qwen2.5-7B-Instruct --listen 0.0.0.0:7800 --advertise 10.0.0.7:7800",
     )
 )
 def node(
     *,
-    directory: Directory,
+    directory: Directory = DEFAULT_DIRECTORY,
     model: Model,
     layers: Annotated[
         str,

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+DEFAULT_DIRECTORY = "http://127.0.0.1:7700"
+"""Where ``farflung directory`` answers when it is told nothing else."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-Directory = Annotated[
-    str, typer.Option("--directory", "-d", metavar="URL", help="Where the directory is, e.g. http://127.0.0.1:7700.")
-]
+Directory = Annotated[str, typer.Option("--directory", "-d", metavar="URL", help="Where the directory is.")]
 Model = Annotated[
     str,
     typer.Option(

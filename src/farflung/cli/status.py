@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from farflung.cli.options import Debug, Directory, Json, examples
+from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, Json, examples
 from farflung.cli.output import Output, command
 from farflung.core.ids import short
 
@@ -23,10 +23,8 @@ MAP_WIDTH = 48
 """Characters of a layer map; a model with more layers shows several in one."""
 
 
-@app.command(
-    epilog=examples("farflung status -d http://127.0.0.1:7700", "farflung status -d http://127.0.0.1:7700 --json | jq .models")
-)
-def status(directory: Directory, json: Json = False, debug: Debug = False) -> None:
+@app.command(epilog=examples("farflung status", "farflung status --json | jq .models"))
+def status(directory: Directory = DEFAULT_DIRECTORY, json: Json = False, debug: Debug = False) -> None:
     """Show the nodes of a swarm: which layers each one holds, whether every layer is served, and the links between them."""
     with command(json=json, debug=debug) as out:
         records, links = asyncio.run(_ask(directory))
@@ -124,7 +122,7 @@ def _show(out: Output, records: Sequence[NodeRecord], links: Sequence[MeasuredLi
     from rich.table import Table
 
     if not records:
-        out.print("no nodes yet; add one: farflung node --directory URL --model MODEL --layers auto")
+        out.print("no nodes yet; add one: farflung node --model MODEL")
         return
     for group in _by_model(records):
         model = _model(group)
