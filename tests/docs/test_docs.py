@@ -60,6 +60,16 @@ def test_every_command_and_option_in_the_documentation_exists(command: str) -> N
         assert option in result.output, f"{' '.join(path)} has no {option}"
 
 
+def test_every_message_that_operations_explains_is_one_that_the_code_says() -> None:
+    source = " ".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    table = (ROOT / "docs/operations.md").read_text().split("| message |")[1]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, flags=re.M)
+    assert len(messages) > 5
+    for message in messages:
+        for words in message.split("..."):
+            assert words.strip(" ,()") in source, message
+
+
 def test_every_floor_of_the_architecture_page_is_a_package_and_every_package_is_there() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     named = set(re.findall(r"\(\.\./src/farflung/([a-z]+)\)", text))
