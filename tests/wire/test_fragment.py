@@ -99,6 +99,15 @@ def test_a_small_frame_costs_twelve_bytes_and_no_copy() -> None:
     assert data.obj is stream
 
 
+def test_a_small_frame_does_not_keep_a_large_chunk_in_memory() -> None:
+    large, small = fragments(9, 2, [bytes(5000)]), [next(fragments(9, 2, [bytes(50)])) for _ in range(20)]
+    stream = b"".join(itertools.chain(*large, *small))
+    frames = [data for _, _, data in reassembler().feed(stream)]
+    assert frames[0].obj is stream
+    assert [len(data) for data in frames[1:]] == [50] * 20
+    assert all(data.obj is not stream for data in frames[1:])
+
+
 def test_a_large_frame_is_sliced_when_asked_for_and_not_copied() -> None:
     body = bytes(MIB)
     stream = fragments(9, 2, [body])

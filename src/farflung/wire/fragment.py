@@ -37,6 +37,7 @@ _TOTAL = struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size
 _TOTAL_BYTES = _TOTAL.size
 _FIRST, _LAST, _PRIORITY_SHIFT, _UNUSED_FLAGS = 1, 2, 2, 0xF0
+_MOST_PINNED = 4  # times its own size that a frame may keep in memory
 _MAX_PAYLOAD = MAX_FRAGMENT_BYTES - _HEADER_BYTES
 
 
@@ -140,8 +141,9 @@ class Reassembler:
     def feed(self, data: Buffer) -> list[tuple[int, int, memoryview]]:
         """Takes the next bytes of the stream, any number of them.
 
-        A frame in one fragment is a view into ``data`` where that is read-only, which promises that its bytes never change; out
-        of a writable buffer, which its owner may fill again after this call, it is copied.
+        A frame in one fragment is a view into ``data`` where that is read-only, which promises that its bytes never change, and
+        not much larger than the frame, because the view keeps all of it in memory. It is copied out of a large buffer, and out
+        of a writable one, which its owner may fill again after this call.
 
         Returns:
             (channel, priority, frame) for every frame these bytes complete, in order.
@@ -162,7 +164,7 @@ class Reassembler:
             end = at + _HEADER_BYTES + length
             if end > size:
                 break
-            self._take(channel, flags, view[at + _HEADER_BYTES : end], done)
+            self._take(channel, flags, view[at + _HEADER_BYTES : end], size, done)
             at = end
         if at < size:
             self._rest += view[at:]
@@ -186,11 +188,11 @@ class Reassembler:
         if len(rest) < _HEADER_BYTES + length:
             return len(view)
         self._rest = bytearray()
-        self._take(channel, flags, memoryview(rest).toreadonly()[_HEADER_BYTES:], done)
+        self._take(channel, flags, memoryview(rest).toreadonly()[_HEADER_BYTES:], len(rest), done)
         return end
 
-    def _take(self, channel: int, flags: int, payload: memoryview, done: list[tuple[int, int, memoryview]]) -> None:
-        """One whole fragment whose header has been checked."""
+    def _take(self, channel: int, flags: int, payload: memoryview, whole: int, done: list[tuple[int, int, memoryview]]) -> None:
+        """One whole fragment whose header has been checked; its payload is a view of a buffer of ``whole`` bytes."""
         priority = flags >> _PRIORITY_SHIFT
         if not flags & _FIRST:
             self._continue(channel, priority, bool(flags & _LAST), payload, done)
@@ -208,7 +210,8 @@ class Reassembler:
         if flags & _LAST:
             if len(body) != total:
                 raise ProtocolViolation(f"a frame on channel {channel} ends after {len(body)} bytes of {total}")
-            done.append((channel, priority, body if body.readonly else memoryview(bytes(body))))
+            may_stay = body.readonly and total * _MOST_PINNED >= whole - _HEADER_BYTES - _TOTAL_BYTES
+            done.append((channel, priority, body if may_stay else memoryview(bytes(body))))
             return
         if len(body) >= total:
             raise ProtocolViolation(f"a frame on channel {channel} has {len(body)} bytes of {total} and no end")
