@@ -261,6 +261,28 @@ def test_what_is_raised_in_the_compute_thread_reaches_the_caller_and_the_thread_
         assert await compute.run(lambda: 5) == 5
         await compute.aclose()
         await compute.aclose()
+        with pytest.raises(ProtocolViolation, match="closed"):
+            await compute.run(lambda: 5)
+
+    asyncio.run(body())
+    assert "farflung-test" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_several_may_close_the_compute_thread_at_a_time_and_one_of_them_give_up() -> None:
+    may_end = threading.Event()
+
+    async def body() -> None:
+        compute = ComputeThread("farflung-test")
+        running = asyncio.ensure_future(compute.run(lambda: may_end.wait(10)))
+        await asyncio.sleep(0)
+        closing = [asyncio.ensure_future(compute.aclose()) for _ in range(3)]
+        await asyncio.sleep(0)
+        closing[0].cancel()
+        await asyncio.wait(closing[:1])
+        may_end.set()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*closing[1:], running)
+        await compute.aclose()
 
     asyncio.run(body())
     assert "farflung-test" not in {thread.name for thread in threading.enumerate()}

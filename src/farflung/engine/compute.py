@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from farflung.core.errors import ProtocolViolation
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ class Compute(Protocol):
         """What ``work`` returns or raises. Cancelling takes effect when it has ended: work is never abandoned half done."""
 
     async def aclose(self) -> None:
-        """Waits for what runs, then frees the thread. Calling it twice is fine."""
+        """Waits for what runs, then frees the thread. Calling it again, or by several at a time, is fine."""
 
 
 class InlineCompute:
@@ -50,6 +52,7 @@ class ComputeThread:
         """``setup`` runs first, on the thread: settings that hold per thread, such as its number of OpenMP workers."""
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._setup = setup
+        self._ended: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -57,6 +60,8 @@ class ComputeThread:
         return time.perf_counter()
 
     async def run(self, work: Callable[[], T]) -> T:
+        if self._ended is not None:
+            raise ProtocolViolation("work was handed to a compute thread that is closed")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -76,17 +81,17 @@ class ComputeThread:
             raise
 
     async def aclose(self) -> None:
-        if self._thread.is_alive():
+        if self._ended is None:
             loop = asyncio.get_running_loop()
-            ended = loop.create_future()
+            ended = self._ended = loop.create_future()
 
             def last() -> None:
                 loop.call_soon_threadsafe(ended.set_result, None)
 
             self._queue.put(last)
             self._queue.put(None)
-            await ended
-            self._thread.join()
+        await asyncio.shield(self._ended)  # shared by all who close: one who gives up takes it from nobody
+        self._thread.join()
 
     def _serve(self) -> None:
         if self._setup is not None:
