@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -170,3 +171,11 @@ def test_a_row_that_forbids_every_token_is_refused() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample_rows(np.zeros((0, 10), dtype=np.float32), SamplingOptions(), []) == []
+
+
+def test_an_option_that_is_not_known_here_is_refused_and_not_ignored() -> None:
+    newer = msgspec.msgpack.encode({"temperature": 0.7, "min_p": 0.1})
+    with pytest.raises(msgspec.ValidationError, match="min_p"):
+        msgspec.msgpack.decode(newer, type=SamplingOptions)
+    known = SamplingOptions(temperature=0.7, seed=3)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(known), type=SamplingOptions) == known

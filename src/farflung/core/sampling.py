@@ -7,8 +7,10 @@ from msgspec import Struct
 from farflung.core.errors import UsageError
 
 
-class SamplingOptions(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingOptions(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Options of one generation; the meaning of each is OpenAI's. Raises UsageError out of range.
+
+    An option that is not known here is refused where they are decoded: ignoring it would change the text.
 
     Attributes:
         temperature: 0 is greedy. In [0, 2] for most texts; at most 100.
