@@ -342,6 +342,26 @@ def test_what_could_never_be_sent_is_refused_at_once(world: World) -> None:
     world.run(scenario, LinkConfig(max_frame_bytes=100_000))
 
 
+def test_a_node_that_is_sent_too_much_that_is_not_whole_ends_the_link_that_sends_most(world: World) -> None:
+    async def scenario(world: World) -> None:
+        hub, modest, greedy = await world.listening(), world.node(), world.node()
+        links = [await node.transport.dial(hub.node_id, [hub.address]) for node in (modest, greedy)]
+        for link in links:
+            link.start(Recorder())
+            await hub.until(lambda: len(hub.accepted) == 2)
+        (_, heard), (_, heard_of_greedy) = hub.accepted
+        for channel in range(2, 12, 2):  # of equal urgency: none of them is whole before all of them nearly are
+            links[1].send(channel, numbered(1, [bytes(400_000)]), Priority.BULK)
+        links[0].send(2, numbered(2, [bytes(300_000)]), Priority.BULK)
+        error = await heard_of_greedy.until_lost()
+        assert isinstance(error, LinkOverloaded)
+        assert short(greedy.node_id) in str(error)
+        await heard.until_frames(1)
+        assert links[0].is_up
+
+    world.run(scenario, LinkConfig(max_partial_bytes=1_000_000))
+
+
 def test_a_quiet_link_stays_up_and_knows_its_round_trip(world: World) -> None:
     async def scenario(world: World) -> None:
         link, _, back, _ = await linked(world)

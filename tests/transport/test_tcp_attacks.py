@@ -236,7 +236,7 @@ def test_pings_of_a_peer_that_reads_nothing_pile_nothing_up() -> None:
         await heard.until_frames(1)  # so all pings have been read
         assert isinstance(victim.transport, TcpTransport)
         assert isinstance(link, FrameLink)
-        assert victim.transport._setup.uplink.queued_bytes(link) == 0
+        assert victim.transport._setup.links.uplink.queued_bytes(link) == 0
         writer.transport.abort()
         victim.accepted.clear()
 

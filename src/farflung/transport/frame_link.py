@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from farflung.core.errors import (
@@ -26,6 +27,7 @@ from farflung.core.ids import NodeId, short
 from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
 from farflung.core.units import Bytes
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
+from farflung.transport.half_received import HalfReceived
 from farflung.transport.hello import check_versions
 from farflung.transport.link import Frame, LinkConfig, LinkHandler, LinkStats, Priority
 from farflung.transport.measure import DeliveryRate, RoundTrip, fragment_bytes_for
@@ -43,15 +45,34 @@ class _State(Enum):
     LOST = 3
 
 
+@dataclass(frozen=True)
+class LinkSetup:
+    """What all links of a node share.
+
+    Attributes:
+        config: limits and rhythms.
+        hello: what this node speaks.
+        uplink: by which all of them send.
+        half_received: budget of all of them.
+    """
+
+    config: LinkConfig
+    hello: Hello
+    uplink: Uplink
+    half_received: HalfReceived
+
+    @classmethod
+    def of(cls, config: LinkConfig, hello: Hello) -> LinkSetup:
+        return cls(config, hello, Uplink(), HalfReceived(config.max_partial_bytes))
+
+
 class FrameLink:
     """See ``Link`` for the public half.
 
     Args:
         peer: whose key is at the other end.
         wire: the stream.
-        uplink: of this node.
-        config: limits and rhythms.
-        hello: what this end speaks.
+        setup: of this node.
         dialled: this end dialled, so it hands out even channels.
         greet_by: loop time by which the peer's hello must be here.
         on_greeted: called once: with None when the link is up, with the error when the greeting failed.
@@ -61,9 +82,7 @@ class FrameLink:
         self,
         peer: NodeId,
         wire: Wire,
-        uplink: Uplink,
-        config: LinkConfig,
-        hello: Hello,
+        setup: LinkSetup,
         *,
         dialled: bool,
         greet_by: float,
@@ -75,9 +94,10 @@ class FrameLink:
         self.fragment_bytes = MAX_FRAGMENT_BYTES
         self._loop = asyncio.get_running_loop()
         self._wire = wire
-        self._uplink = uplink
-        self._config = config
-        self._hello = hello
+        self._uplink = setup.uplink
+        self._half_received = setup.half_received
+        self._config = config = setup.config
+        self._hello = setup.hello
         self._on_greeted = on_greeted
         self._state = _State.GREETING
         self._next_channel = 2 if dialled else 1
@@ -92,7 +112,7 @@ class FrameLink:
         self._heard = self._loop.time()
         self._ping_at = self._beat_at = 0.0
         self._timer = self._loop.call_at(greet_by, self._greeting_overdue, self._heard)
-        self._post(hello)
+        self._post(setup.hello)
 
     def __repr__(self) -> str:
         return f"FrameLink({short(self.peer)}, {self._state.name.lower()})"
@@ -161,6 +181,8 @@ class FrameLink:
         self._error = error
         self._timer.cancel()
         self._uplink.drop(self)
+        self._reassembler.clear()
+        self._half_received.report(self, 0)
         self.drained()
         self._wire.finish(self._loop.time() + FLUSH_S if by is None else by)
         if greeting:
@@ -192,6 +214,7 @@ class FrameLink:
             self.end(error)
             return
         self._delivery.arrived(self._heard, size, mid_frame=self._reassembler.partial_frames > 0)
+        self._half_received.report(self, self._reassembler.partial_bytes)
 
     def on_writable(self) -> None:
         """The wire has room again."""

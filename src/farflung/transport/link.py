@@ -47,6 +47,7 @@ class LinkConfig:
         max_frame_bytes: a frame that announces more is refused before anything is allocated.
         max_queued_bytes: bytes waiting to be sent on one link before ``send`` raises LinkOverloaded.
         max_partial_frames: channels that may have a frame half received at a time.
+        max_partial_bytes: of frames half received on all links of a node; over it the link that holds most is ended.
     """
 
     handshake_timeout_s: float = 5.0
@@ -55,6 +56,7 @@ class LinkConfig:
     max_frame_bytes: int = 64 * 1024**2
     max_queued_bytes: int = 256 * 1024**2
     max_partial_frames: int = 256
+    max_partial_bytes: int = 256 * 1024**2
 
 
 @dataclass

@@ -22,11 +22,10 @@ from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
 from farflung.transport.address import format_address, parse_address
 from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
-from farflung.transport.frame_link import FrameLink
+from farflung.transport.frame_link import FrameLink, LinkSetup
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Link, LinkConfig, Listener
 from farflung.transport.memory_wire import LinkShape, MemoryWire, Path, Pipe
-from farflung.transport.uplink import Uplink
 
 __all__ = ["LinkShape", "MemoryListener", "MemoryNetwork", "MemoryTransport"]
 
@@ -165,8 +164,7 @@ class MemoryTransport:
         self.on_refused = on_refused
         self._network = network
         self._node_id = node_id
-        self._hello = hello
-        self._uplink = Uplink()
+        self._links = LinkSetup.of(network.config, hello)
         self._closed = False
 
     @property
@@ -188,18 +186,8 @@ class MemoryTransport:
 
     def attach(self, wire: MemoryWire, *, dialled: bool, on_greeted: OnGreeted) -> FrameLink:
         """A link of this node over ``wire``."""
-        config = self._network.config
-        greet_by = asyncio.get_running_loop().time() + config.handshake_timeout_s
-        wire.link = FrameLink(
-            wire.ends[1],
-            wire,
-            self._uplink,
-            config,
-            self._hello,
-            dialled=dialled,
-            greet_by=greet_by,
-            on_greeted=on_greeted,
-        )
+        greet_by = asyncio.get_running_loop().time() + self._links.config.handshake_timeout_s
+        wire.link = FrameLink(wire.ends[1], wire, self._links, dialled=dialled, greet_by=greet_by, on_greeted=on_greeted)
         return wire.link
 
     async def _dial(self, peer: NodeId, address: str) -> FrameLink:

@@ -12,11 +12,10 @@ from farflung.core.messages import Hello
 from farflung.identity import Identity, client_context, server_context
 from farflung.transport.address import format_address, parse_address
 from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
-from farflung.transport.frame_link import FrameLink
+from farflung.transport.frame_link import FrameLink, LinkSetup
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Link, LinkConfig, Listener
 from farflung.transport.tcp_connection import TcpConnection, TcpSetup
-from farflung.transport.uplink import Uplink
 
 _RECEIVE_BYTES = 256 * 1024
 _BACKLOG = 128
@@ -47,7 +46,8 @@ class TcpTransport:
         self._client_context = client_context(identity)
         self._server_context = server_context(identity)
         self._on_refused = on_refused
-        self._setup = TcpSetup(config or LinkConfig(), hello, Uplink(), memoryview(bytearray(_RECEIVE_BYTES)), {})
+        links = LinkSetup.of(config or LinkConfig(), hello)
+        self._setup = TcpSetup(links, memoryview(bytearray(_RECEIVE_BYTES)), {})
         self._listeners: dict[TcpListener, None] = {}
         self._closed = False
 
@@ -57,7 +57,7 @@ class TcpTransport:
 
     async def dial(self, peer: NodeId, addresses: Sequence[str]) -> Link:
         return await first_that_answers(
-            peer, addresses, lambda address: self._dial(peer, address), timeout_s=self._setup.config.handshake_timeout_s
+            peer, addresses, lambda address: self._dial(peer, address), timeout_s=self._setup.links.config.handshake_timeout_s
         )
 
     async def listen(self, address: str, on_link: Callable[[Link], None]) -> Listener:

@@ -16,13 +16,10 @@ from typing import cast
 
 from farflung.core.errors import FarflungError, LinkLost
 from farflung.core.ids import NodeId, short
-from farflung.core.messages import Hello
 from farflung.transport.address import format_address
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES
-from farflung.transport.frame_link import FrameLink
-from farflung.transport.link import LinkConfig
+from farflung.transport.frame_link import FrameLink, LinkSetup
 from farflung.transport.tls import TlsStream
-from farflung.transport.uplink import Uplink
 from farflung.wire.fragment import MAX_FRAGMENT_BYTES
 
 _LEAST_UNSENT_BYTES = 4096  # below, the kernel would wake us for every other packet
@@ -37,16 +34,12 @@ class TcpSetup:
     """What all connections of one transport share.
 
     Attributes:
-        config: limits and rhythms.
-        hello: what this node speaks.
-        uplink: of this node.
+        links: what their links share.
         receive: bytes are received into it; shared, because asyncio fills it and hands it over without a step between.
         connections: those whose socket is not closed; a connection enters and leaves by itself.
     """
 
-    config: LinkConfig
-    hello: Hello
-    uplink: Uplink
+    links: LinkSetup
     receive: memoryview
     connections: dict[TcpConnection, None]
 
@@ -78,7 +71,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._dialled = dialled
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._greet_by = self._loop.time() + setup.config.handshake_timeout_s
+        self._greet_by = self._loop.time() + setup.links.config.handshake_timeout_s
         self._timer = self._loop.call_at(self._greet_by, self._overdue)
         self._transport: asyncio.Transport | None = None
         self._link: FrameLink | None = None
@@ -224,9 +217,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._link = FrameLink(
             peer,
             self,
-            self._setup.uplink,
-            self._setup.config,
-            self._setup.hello,
+            self._setup.links,
             dialled=self._dialled,
             greet_by=self._greet_by,
             on_greeted=lambda link, error: self._greeted(link if error is None else None, error),
@@ -251,7 +242,7 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     def _overdue(self) -> None:
         self._lose(
-            f"{self._name()} did not finish the TLS handshake within {self._setup.config.handshake_timeout_s:.1f} s",
+            f"{self._name()} did not finish the TLS handshake within {self._setup.links.config.handshake_timeout_s:.1f} s",
             "is the port right, and is that node overloaded?",
         )
 

@@ -113,7 +113,7 @@ class _Partial:
 class Reassembler:
     """Puts frames together from a stream of fragments, however the stream is cut.
 
-    After an error the stream has lost its sense: end the link, drop the reassembler.
+    After an error the stream has lost its sense: end the link, ``clear``.
 
     Args:
         max_frame_bytes: a frame that announces more is refused.
@@ -137,6 +137,12 @@ class Reassembler:
     def partial_bytes(self) -> int:
         """Bytes held of frames that are not whole yet."""
         return self._partial_bytes + len(self._rest)
+
+    def clear(self) -> None:
+        """Forgets all that is partial. For a link that has ended: nothing may be fed any more."""
+        self._partials.clear()
+        self._partial_bytes = 0
+        self._rest = bytearray()
 
     def feed(self, data: Buffer) -> list[tuple[int, int, memoryview]]:
         """Takes the next bytes of the stream, any number of them.
