@@ -32,7 +32,7 @@ def serve_reference(model: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     source = open_source(model)
-    reference = GenerateReference(load_stage(source, source.spec().all_layers, torch.bfloat16))
+    reference = GenerateReference(load_stage(source, source.spec().all_layers, torch.bfloat16, attention=None))
     print(json.dumps({"event": "ready"}), flush=True)
     for line in sys.stdin:
         tokens = int(line)

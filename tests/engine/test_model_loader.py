@@ -37,7 +37,7 @@ def test_stages_one_after_another_compute_exactly_what_the_whole_model_does(tmp_
     path = tiny_model(family, tmp_path / family, tie_word_embeddings=tied, shard="300KB")
     source = source_of(path)
     digest = source.spec().digest
-    stages = [load_stage(source, layers, torch.float32, expected_digest=digest) for layers in SPLIT]
+    stages = [load_stage(source, layers, torch.float32, attention=None, expected_digest=digest) for layers in SPLIT]
     ids = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = whole_model(path)(input_ids=ids, use_cache=False).logits

@@ -146,7 +146,7 @@ def test_rows_that_do_not_decode_fail_their_own_session(source: SafetensorsSourc
 
 @pytest.mark.parametrize("layers", [LayerRange(0, 3), WHOLE], ids=["first-stage", "tail"])
 def test_activations_that_are_not_finite_fail_their_own_session(source: SafetensorsSource, layers: LayerRange) -> None:
-    stage = load_stage(source, layers, torch.float32, attention=ATTENTION)
+    stage = load_stage(source, layers, torch.float32)
     assert stage.embed is not None
     stage.embed.weight.data[9] = torch.inf
     backend = TorchBackend(stage, source.spec(), BackendConfig(kv_tokens=100))
@@ -192,7 +192,7 @@ def without_memory(*_: object) -> None:
 def test_memory_that_cannot_be_had_ends_the_sessions_of_the_step_and_not_the_node(
     source: SafetensorsSource, where: str
 ) -> None:
-    stage = load_stage(source, WHOLE, torch.float32, attention=ATTENTION)
+    stage = load_stage(source, WHOLE, torch.float32)
     assert stage.norm is not None
     backend = TorchBackend(stage, source.spec(), BackendConfig(kv_tokens=100))
     hook = (stage.layers[3] if where == "layers" else stage.norm).register_forward_pre_hook(without_memory)
@@ -354,6 +354,13 @@ def test_the_t_curve_leaves_out_what_does_not_fit_and_every_cell_is_free_after_i
         assert list(curve) == [1, 4, 16, 64]  # 256 tokens are more than the KV
         assert all(ms > 0 for ms in curve.values())
     assert list(asyncio.run(body(WHOLE, 0.0))) == [1]
+
+
+def test_a_family_that_sdpa_does_not_serve_loads_and_is_measured_beside_transformers_own_choice(tmp_path: Path) -> None:
+    source = SafetensorsSource.of_folder(tiny_model("gemma2", tmp_path))
+    assert load_stage(source, LayerRange(2, 4), torch.float32).layers[0].self_attn.config._attn_implementation == ATTENTION
+    config = StageBenchConfig(dtype=torch.float32, prompt_tokens=4, new_tokens=2, repeats=1, curve_budget_s=0.1)
+    assert bench_stage(source, config)["ratio"] > 0
 
 
 @pytest.mark.parametrize("layers", [None, LayerRange(2, 4), LayerRange(4, 6)], ids=str)

@@ -87,7 +87,7 @@ def bench_stage(source: ModelSource, config: StageBenchConfig, *, progress: Prog
         BackendConfig(kv_tokens=max(lease, 256), threads=config.threads),
         progress=progress,
     )
-    stage = load_stage(source, layers, config.dtype, progress=progress)
+    stage = load_stage(source, layers, config.dtype, attention=None, progress=progress)
     reference = GenerateReference(stage) if stage.is_first and stage.is_last else _LayersReference(stage)
     return asyncio.run(_measure(backend, reference.run, config))
 

@@ -50,7 +50,7 @@ class GgufSource(ModelSource):
         with TemporaryDirectory(prefix="farflung-") as folder:
             Path(folder, "front.gguf").write_bytes(self._front())
             with understood(f"{self.name} ({self._architecture})"):
-                config = AutoConfig.from_pretrained(folder, gguf_file="front.gguf")
+                config = AutoConfig.from_pretrained(folder, gguf_file="front.gguf", trust_remote_code=False)
         config.name_or_path = str(self.path)
         return config
 

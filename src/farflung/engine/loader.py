@@ -17,6 +17,7 @@ from torch import nn
 from farflung.core.errors import CorruptWeights, UnsupportedModel, UsageError
 from farflung.core.ids import ModelDigest
 from farflung.core.model import LayerRange
+from farflung.engine.attention import ATTENTION
 from farflung.engine.manifest import ModelManifest
 from farflung.engine.skeleton import Anatomy, Config, Skeleton, anatomy, build_skeleton, layer_count, slice_config
 from farflung.engine.source import ModelSource, Progress, StoredTensor
@@ -84,7 +85,7 @@ def load_stage(
     layers: LayerRange,
     dtype: torch.dtype,
     *,
-    attention: str = "sdpa",
+    attention: str | None = ATTENTION,
     progress: Progress | None = None,
     expected_digest: ModelDigest | None = None,
 ) -> StageModule:
@@ -94,7 +95,8 @@ def load_stage(
         source: an opened model.
         layers: which of its layers.
         dtype: of the weights, ``torch.float32`` or ``torch.bfloat16``.
-        attention: name in transformers' attention interface, known before this is called.
+        attention: name in transformers' attention interface, ours by default, which serves families that ``sdpa`` does not;
+            None leaves the choice to transformers, for a stage that its own forward is to run.
         progress: told the bytes read.
         expected_digest: the model asked for. Given, the model must have it, and every tensor is checked against the manifest as
             it is read.

@@ -70,11 +70,13 @@ class Anatomy:
     others: tuple[str, ...]
 
 
-def build_skeleton(config: Config, attention: str = "sdpa") -> Skeleton:
+def build_skeleton(config: Config, attention: str | None = None) -> Skeleton:
     """The causal language model of ``config`` on the meta device.
 
     Args:
-        attention: a name of transformers' attention interface. An unknown family raises UnsupportedModel.
+        attention: a name of transformers' attention interface; None leaves the choice to it.
+
+    Raises UnsupportedModel for an unknown family. Code from a model repository is never run.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -88,7 +90,9 @@ def build_skeleton(config: Config, attention: str = "sdpa") -> Skeleton:
         )
     layer_count(config)
     with understood(f"a {config.model_type}"), torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
 
 def layer_count(config: Config) -> int:

@@ -17,7 +17,7 @@ from farflung.core.errors import FarflungError, MalformedFrame, ProtocolViolatio
 from farflung.core.ids import ModelDigest, SessionId, short
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine import codec
-from farflung.engine.attention import ATTENTION, BLOCK_ROWS, Segment, StepAttention, max_rows
+from farflung.engine.attention import BLOCK_ROWS, Segment, StepAttention, max_rows
 from farflung.engine.backend import SessionSpec, StageResult, StageWork, StepReport
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
 from farflung.engine.kv_pool import Extents, NewRows, SessionCells
@@ -65,7 +65,7 @@ def load_backend(
     expected_digest: ModelDigest | None = None,
 ) -> TorchBackend:
     """Loads a layer range and makes it compute. Raises what ``load_stage`` raises."""
-    stage = load_stage(source, layers, dtype, attention=ATTENTION, progress=progress, expected_digest=expected_digest)
+    stage = load_stage(source, layers, dtype, progress=progress, expected_digest=expected_digest)
     return TorchBackend(stage, source.spec(), config)
 
 
