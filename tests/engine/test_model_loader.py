@@ -209,6 +209,21 @@ def test_a_configuration_that_cannot_be_split_right_is_refused_by_name(tmp_path:
         load_stage(source_of(path), LayerRange(0, 2), torch.float32)
 
 
+@pytest.mark.parametrize("family", ["spoon", "llama"])
+def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, family: str) -> None:
+    path = tiny_model("llama", tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    auto_map = {"AutoConfig": "spoon.SpoonConfig", "AutoModelForCausalLM": "spoon.Spoon"}
+    (path / "config.json").write_text(json.dumps(config | {"model_type": family, "auto_map": auto_map}))
+    (path / "spoon.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    if family == "llama":  # transformers has this one itself
+        load_stage(source_of(path), LayerRange(0, 2), torch.float32)
+    else:
+        with pytest.raises(UnsupportedModel, match="m: family 'spoon' is code that comes with the model"):
+            load_stage(source_of(path), LayerRange(0, 2), torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_layer_that_no_file_holds_is_named(tmp_path: Path) -> None:
     path = tiny_model("llama", tmp_path / "m")
     config = json.loads((path / "config.json").read_text())

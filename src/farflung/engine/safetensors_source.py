@@ -106,8 +106,12 @@ class SafetensorsSource(ModelSource):
         return cls(HubFiles(repository), cache)
 
     def config(self) -> Config:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
+        if self._config.get("auto_map") and self._config["model_type"] not in CONFIG_MAPPING:
+            raise UnsupportedModel(
+                f"{self.name}: family {self._config['model_type']!r} is code that comes with the model, which is never run here"
+            )
         with understood(self.name):
             return AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
 
