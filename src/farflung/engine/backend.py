@@ -45,7 +45,7 @@ class StageWork:
         session: an open session.
         commit: applied after the slots of ``runs`` are known and before they are computed; None leaves the root.
         runs: the new slots, all alive; may be empty (a commit alone).
-        token_ids: int32 [rows], first stage only.
+        token_ids: int32 [rows], in the vocabulary, first stage only.
         rows: coded activations of all rows, other stages only.
         want: slots whose next token the tail samples, a subset of the new ones.
     """
