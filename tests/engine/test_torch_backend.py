@@ -351,7 +351,7 @@ def test_the_t_curve_leaves_out_what_does_not_fit_and_every_cell_is_free_after_i
         curve = asyncio.run(body(layers, 30.0))
         assert list(curve) == [1, 4, 16, 64]  # 256 tokens are more than the KV
         assert all(ms > 0 for ms in curve.values())
-    assert list(asyncio.run(body(WHOLE, 0.0))) == [1]
+    assert list(asyncio.run(body(WHOLE, 0.0))) == [1, 16]
 
 
 def test_a_family_that_sdpa_does_not_serve_loads_and_is_measured_beside_transformers_own_choice(tmp_path: Path) -> None:

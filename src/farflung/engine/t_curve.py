@@ -17,6 +17,8 @@ from farflung.engine.backend import SessionSpec, StageBackend, StageWork
 from farflung.wire.codec import codec
 
 T_POINTS = (1, 4, 16, 64, 256)
+T_ALWAYS = frozenset({1, 16})
+"""Measured whatever the budget: one point says nothing of how a step grows with its tokens."""
 _SESSION = SessionId("0" * 32)  # drawn by no driver: ids are random
 _TRIES = 5
 _CODEC = "fp32"
@@ -29,8 +31,8 @@ async def measure_t_curve(
 
     Args:
         backend: with no session open that is in use.
-        points: ascending; one that does not fit the free KV, or by the one before it the rest of the budget, is left out,
-            with those after it. The first is always measured.
+        points: ascending; one that does not fit the free KV is left out, and one that by those before it does not fit the
+            rest of the budget, unless it is the first or one of ``T_ALWAYS``.
         budget_s: time for all of it, on the loop's clock.
 
     Raises what the backend reports for a step.
@@ -41,10 +43,10 @@ async def measure_t_curve(
     for tokens in points:
         if tokens > backend.kv_free_tokens:
             break
-        if curve:
+        if curve and tokens not in T_ALWAYS:
             known = max(curve)
             if loop.time() + 2 * curve[known] / 1000 * tokens / known > deadline:  # a first step, cold, and one that counts
-                break
+                continue
         taken = [await _step_s(backend, tokens)]
         for _ in range(_TRIES):
             if len(taken) > 1 and loop.time() + min(taken) > deadline:
