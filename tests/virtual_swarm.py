@@ -102,6 +102,9 @@ class RecordingLink:
     async def close(self, error: FarflungError | None = None) -> None:
         await self._inner.close(error)
 
+    def end(self, error: FarflungError) -> None:
+        self._inner.end(error)
+
     def on_frame(self, link: Link, channel: int, frame: Frame) -> None:
         now_s = asyncio.get_running_loop().time()
         sizes = tuple(len(buffer) for buffer in frame.buffers)

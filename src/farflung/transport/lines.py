@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from farflung.core.errors import FarflungError, Unreachable
+from farflung.core.errors import FarflungError, LinkLost, Unreachable
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Message
 from farflung.transport.link import Buffer, Frame, Link, Priority, Transport
@@ -56,15 +56,19 @@ class Line:
 NewLine = Callable[[Line, Frame], None]
 """Called for a frame on a channel that nobody holds: may ``bind`` the line, or drop the frame."""
 
+_MOST_LINKS_OF_PEER = 2
+
 
 class LinkPool:
     """Links by peer: dialled once, reused while up, accepted ones included.
+
+    Two nodes that dial each other at once have two links, and both serve. One peer never has more: a third ends the oldest.
 
     Args:
         transport: dials.
         addresses_of: where a node listens now; raises Unreachable (or another FarflungError) where that is not known. It
             asks the signed directory, never a client.
-        on_new_line: what to do with a frame on an unknown channel; None drops it (drivers accept no sessions).
+        on_new_line: what to do with a frame on an unknown channel of the peer's; None drops it (drivers accept no sessions).
         dial_timeout_s: for finding and dialling one peer.
     """
 
@@ -80,77 +84,125 @@ class LinkPool:
         self._addresses_of = addresses_of
         self._on_new_line = on_new_line
         self._dial_timeout_s = dial_timeout_s
-        self._up: dict[NodeId, _LinkLines] = {}
-        self._all: dict[int, _LinkLines] = {}
-        self._dialling: dict[NodeId, asyncio.Task[_LinkLines]] = {}
+        self._links: dict[NodeId, list[_LinkLines]] = {}  # the oldest first
+        self._dials: dict[NodeId, _Dial] = {}
+        self._tasks: set[asyncio.Task[Link]] = set()
+        self._closed = False
 
     @property
     def links(self) -> list[Link]:
         """Every link that is up."""
-        return [lines.link for lines in self._all.values()]
+        return [lines.link for of_peer in self._links.values() for lines in of_peer if lines.link.is_up]
 
     def adopt(self, link: Link) -> None:
         """Takes over an accepted link."""
-        lines = _LinkLines(link, self._on_new_line, self._forget)
-        self._all[id(link)] = lines
-        self._up[link.peer] = lines
-        link.start(lines)
+        if self._closed:
+            link.end(LinkLost(f"node {short(link.peer)} dialled while this end was closing"))
+        dial = self._dials.pop(link.peer, None)
+        lines = self._take(link, dialled=False)
+        if dial is not None:
+            dial.up.set_result(lines)
+            dial.task.cancel()
 
     async def line(self, peer: NodeId, handler: LineHandler) -> Line:
         """A fresh line to ``peer``, over the link there is or a new one.
 
-        Raises Unreachable, WrongPeer, VersionMismatch.
+        Raises Unreachable, WrongPeer, VersionMismatch; LinkLost where the link is lost at once, or this pool is closed.
         """
-        lines = self._up.get(peer)
-        if lines is None or not lines.link.is_up:
-            task = self._dialling.get(peer)
-            if task is None:
-                task = asyncio.get_running_loop().create_task(self._dial(peer), name=f"dial {short(peer)}")
-                self._dialling[peer] = task
-                task.add_done_callback(lambda done: self._dialled(peer, done))
+        lines = next((lines for lines in reversed(self._links.get(peer, [])) if lines.link.is_up), None)
+        if lines is None:
+            if self._closed:
+                raise _closed(peer)
+            dial = self._dials.get(peer)
+            if dial is None:
+                dial = self._dials[peer] = self._start_dial(peer)
             # Shielded: one waiter that gives up must not cancel the dialling for the others.
-            lines = await asyncio.shield(task)
+            lines = await asyncio.shield(dial.up)
+        if not lines.link.is_up:
+            raise LinkLost(f"the link to node {short(peer)} was lost as soon as it was there", hint="try again")
         line = Line(lines, lines.link.new_channel())
         line.bind(handler)
         return line
 
     async def close(self) -> None:
-        """Ends every link, flushing what is queued."""
-        dialling = list(self._dialling.values())
-        for task in dialling:
+        """Ends every link, flushing what is queued, and every dial."""
+        self._closed = True
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*dialling, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(link.close() for link in self.links))
 
-    async def _dial(self, peer: NodeId) -> _LinkLines:
+    def _start_dial(self, peer: NodeId) -> _Dial:
+        loop = asyncio.get_running_loop()
+        dial = _Dial(loop.create_future(), loop.create_task(self._dial(peer), name=f"dial {short(peer)}"))
+        self._tasks.add(dial.task)
+        dial.task.add_done_callback(lambda _: self._dialled(peer, dial))
+        return dial
+
+    async def _dial(self, peer: NodeId) -> Link:
         try:
             async with asyncio.timeout(self._dial_timeout_s):
-                link = await self._transport.dial(peer, await self._addresses_of(peer))
+                return await self._transport.dial(peer, await self._addresses_of(peer))
         except TimeoutError:
             raise Unreachable(
                 f"node {short(peer)} did not answer within {self._dial_timeout_s:.1f} s",
                 hint="is it running, and is its announced address reachable from here?",
             ) from None
-        self.adopt(link)
-        return self._up[peer]
 
-    def _dialled(self, peer: NodeId, task: asyncio.Task[_LinkLines]) -> None:
-        self._dialling.pop(peer, None)
-        if not task.cancelled():
-            task.exception()  # retrieved, so that a failure nobody waits for any more is not reported as forgotten
+    def _dialled(self, peer: NodeId, dial: _Dial) -> None:
+        """Tells those who wait, unless a link of the peer's was there first; one that came all the same is kept, too."""
+        self._tasks.discard(dial.task)
+        if self._dials.get(peer) is dial:
+            del self._dials[peer]
+        error = _closed(peer) if dial.task.cancelled() else dial.task.exception()
+        lines = self._take(dial.task.result(), dialled=True) if error is None else None
+        if dial.up.done():
+            return
+        if error is not None:
+            dial.up.set_exception(error)
+            dial.up.exception()  # retrieved, so that a failure nobody waits for any more is not reported as forgotten
+        elif lines is not None:
+            dial.up.set_result(lines)
+
+    def _take(self, link: Link, *, dialled: bool) -> _LinkLines:
+        lines = _LinkLines(link, 0 if dialled else 1, self._on_new_line, self._forget)
+        of_peer = self._links.setdefault(link.peer, [])
+        of_peer.append(lines)
+        link.start(lines)
+        up = [lines.link for lines in of_peer if lines.link.is_up]
+        for oldest in up[:-_MOST_LINKS_OF_PEER]:
+            oldest.end(LinkLost(f"node {short(link.peer)} has opened newer links, at most {_MOST_LINKS_OF_PEER} are kept"))
+        return lines
 
     def _forget(self, lines: _LinkLines) -> None:
-        self._all.pop(id(lines.link), None)
-        if self._up.get(lines.link.peer) is lines:
-            del self._up[lines.link.peer]
+        of_peer = self._links[lines.link.peer]
+        of_peer.remove(lines)
+        if not of_peer:
+            del self._links[lines.link.peer]
+
+
+class _Dial(NamedTuple):
+    """``up`` is what waiters wait for: the link that ``task`` dials, or one that the peer dials meanwhile."""
+
+    up: asyncio.Future[_LinkLines]
+    task: asyncio.Task[Link]
 
 
 class _LinkLines:
-    """The handler of one link: hands each frame to the holder of its channel."""
+    """The handler of one link: hands each frame to the holder of its channel.
 
-    def __init__(self, link: Link, on_new_line: NewLine | None, forget: Callable[[_LinkLines], None]) -> None:
+    Args:
+        link: of which it is.
+        own_parity: of the channels that this end hands out. A frame on such a one that nobody holds is late, or the peer took
+            a number that is not its to take; it opens no line.
+        on_new_line: of the pool.
+        forget: called once the link is gone.
+    """
+
+    def __init__(self, link: Link, own_parity: int, on_new_line: NewLine | None, forget: Callable[[_LinkLines], None]) -> None:
         self.link = link
         self.handlers: dict[int, tuple[Line, LineHandler]] = {}
+        self._own_parity = own_parity
         self._on_new_line = on_new_line
         self._forget = forget
 
@@ -159,7 +211,7 @@ class _LinkLines:
         if held is not None:
             line, handler = held
             handler.on_frame(line, frame)
-        elif self._on_new_line is not None:
+        elif self._on_new_line is not None and channel % 2 != self._own_parity:
             self._on_new_line(Line(self, channel), frame)
 
     def on_lost(self, link: Link, error: FarflungError) -> None:
@@ -168,6 +220,10 @@ class _LinkLines:
         self.handlers.clear()
         for line, handler in held:
             handler.on_lost(line, error)
+
+
+def _closed(peer: NodeId) -> LinkLost:
+    return LinkLost(f"this end is closing and talks to node {short(peer)} no more")
 
 
 def try_send(line: Line | None, message: Message, buffers: Sequence[Buffer] = ()) -> None:

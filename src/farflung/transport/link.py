@@ -115,6 +115,9 @@ class Link(Protocol):
     async def close(self, error: FarflungError | None = None) -> None:
         """Flushes what is queued for at most a second, then ends the link. ``error`` is told to the handler."""
 
+    def end(self, error: FarflungError) -> None:
+        """Ends the link here and now; what is queued is lost."""
+
 
 class Listener(Protocol):
     """Something that accepts links until it is closed."""
