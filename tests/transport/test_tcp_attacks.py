@@ -227,7 +227,7 @@ def test_a_peer_that_reads_nothing_is_lost_and_not_waited_for() -> None:
 def test_pings_of_a_peer_that_reads_nothing_pile_nothing_up() -> None:
     async def scenario(world: TcpWorld, victim: Node) -> None:
         sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         sock.connect(parse_address(victim.address))
         _, writer = await asyncio.open_connection(sock=sock, ssl=client_context(Identity.generate()), server_hostname="")
         writer.transport.pause_reading()  # type: ignore[attr-defined]
