@@ -97,7 +97,7 @@ async def _demo(out: Output, options: DemoOptions) -> None:
         tokenizer = await group.start("tokenizer", ["farflung", "models", "fetch", options.model, *CHILD])
         url = (await directory.event(START_TIMEOUT_S))["url"]
         stages = await _start_nodes(group, options, url)
-        ready = await _all_ready(out, [*stages, tokenizer])
+        ready = await _all_ready(out, [*stages, tokenizer], f"{options.nodes} nodes, each a process, and the tokenizer")
         for child, event in zip(stages, ready, strict=False):
             start, stop = event["layers"]
             out.note(f"process {child.pid}: node {short(event['node_id'])} at {event['listen']}, layers {start}:{stop}")
@@ -139,17 +139,17 @@ async def _start_nodes(group: Processes, options: DemoOptions, url: str) -> list
     ]
 
 
-async def _all_ready(out: Output, children: list[Child]) -> list[dict[str, Any]]:
+async def _all_ready(out: Output, children: list[Child], what: str) -> list[dict[str, Any]]:
     """The first event of each child; the first failure ends the wait for all."""
     with out.progress("starting", in_bytes=False) as progress:
         done = 0
-        progress("processes", done, len(children))
+        progress(what, done, len(children))
 
         async def ready(child: Child) -> dict[str, Any]:
             nonlocal done
             event = await child.event(START_TIMEOUT_S)
             done += 1
-            progress("processes", done, len(children))
+            progress(what, done, len(children))
             return event
 
         async with asyncio.TaskGroup() as tasks:
@@ -176,8 +176,9 @@ async def _compare(out: Output, reference: Child | None, request: dict[str, obje
     """What plain transformers generates from the same prompt."""
     if reference is None:
         return None
-    with out.status("plain transformers does the same in one process (its reader takes a while)"):
+    with out.status("comparing: plain transformers is still reading the whole model in one process"):
         await reference.event(REFERENCE_TIMEOUT_S)
+    with out.status("comparing: plain transformers continues the same prompt"):
         reference.send_line(json_format.dumps(request))
         answer = await reference.event(REFERENCE_TIMEOUT_S)
     return [int(token) for token in answer["token_ids"]]

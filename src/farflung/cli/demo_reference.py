@@ -6,6 +6,7 @@ It loads at the lowest priority while the nodes start, prints ``{"event": "loade
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -33,8 +34,11 @@ def _load(model: str) -> Any:
     if not Path(model).is_file():
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     # The reader behind from_pretrained(gguf_file=...), called by itself: that one wants `accelerate` and reads the file thrice.
+    import gguf
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    # transformers opens the file for the configuration and again for the tensors: some 15 s each, for a large vocabulary.
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(gguf.GGUFReader)
     path = Path(model)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
