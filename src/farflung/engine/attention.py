@@ -120,14 +120,14 @@ class StepAttention:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores) -> torch.Tensor:
         """Writes keys and values of the rows, then attends: [1, heads, rows, width] to [1, rows, heads, width]."""
         keys, values = self._kv.keys[layer], self._kv.values[layer]
-        keys.index_copy_(1, self._cells, key[0])
-        values.index_copy_(1, self._cells, value[0])
+        keys.index_copy_(2, self._cells, key)
+        values.index_copy_(2, self._cells, value)
         attend = _attend if scores.softcap is None and scores.sinks is None else _attend_explicit
         parts: list[torch.Tensor] = []
         for segment in self._segments:
             low, high, mask = segment.keys(scores.window)
             rows = query if len(self._segments) == 1 else query[:, :, segment.start : segment.stop]
-            parts.append(attend(rows, keys[:, low:high], values[:, low:high], mask, scores))
+            parts.append(attend(rows, keys[:, :, low:high], values[:, :, low:high], mask, scores))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -146,23 +146,23 @@ class ProbeAttention:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
-    """[1, heads, rows, width] over [kv heads, keys, width]; returns [1, rows, heads, width]."""
+    """[1, heads, rows, width] over [1, kv heads, keys, width]; returns [1, rows, heads, width]."""
     _, heads, rows, width = query.shape
-    groups = key.shape[0]
+    groups = key.shape[1]
     each = heads // groups
     if rows == 1:
         out = scaled_dot_product_attention(
-            query.reshape(1, groups, each, width), key[None], value[None], attn_mask=mask, scale=scores.scaling
+            query.reshape(1, groups, each, width), key, value, attn_mask=mask, scale=scores.scaling
         )
         return out.reshape(1, 1, heads, -1)
     if rows <= FOLD_ROWS:
         folded = query.reshape(1, groups, each * rows, width)
         if mask is not None:
             mask = mask.repeat(each, 1)
-        out = scaled_dot_product_attention(folded, key[None], value[None], attn_mask=mask, scale=scores.scaling)
+        out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scores.scaling)
         return out.reshape(1, heads, rows, -1).transpose(1, 2)
-    keys = key[:, None].expand(-1, each, -1, -1)
-    values = value[:, None].expand(-1, each, -1, -1)
+    keys = key[0, :, None].expand(-1, each, -1, -1)
+    values = value[0, :, None].expand(-1, each, -1, -1)
     out = scaled_dot_product_attention(
         query.reshape(groups, each, rows, width), keys, values, attn_mask=mask, scale=scores.scaling
     )
@@ -174,9 +174,9 @@ def _attend_explicit(
 ) -> torch.Tensor:
     """The same with the scores written out, in fp32, for what ``scaled_dot_product_attention`` cannot do."""
     _, heads, rows, width = query.shape
-    groups, count, _ = key.shape
+    _, groups, count, _ = key.shape
     grouped = query.reshape(groups, heads // groups, rows, width).float()
-    keys, values = key.float()[:, None].transpose(2, 3), value.float()[:, None]
+    keys, values = key[0].float()[:, None].transpose(2, 3), value[0].float()[:, None]
     parts: list[torch.Tensor] = []
     step = max(1, EXPLICIT_SCORES // (heads * count))
     for start in range(0, rows, step):

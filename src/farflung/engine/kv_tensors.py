@@ -18,12 +18,15 @@ class KvShape:
 
 
 class KvTensors:
-    """Zeroed, not just allocated: a masked cell still meets a weight of 0, and 0 x NaN would spoil the sum."""
+    """[1, heads, cells, width] by layer, the shape that attention takes.
+
+    Zeroed, not just allocated: a masked cell still meets a weight of 0, and 0 x NaN would spoil the sum.
+    """
 
     def __init__(self, shapes: Mapping[int, KvShape], tokens: int, dtype: torch.dtype) -> None:
         """``shapes`` by the layer's own index; ``tokens``: cells per layer."""
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         for layer, shape in shapes.items():
-            self.keys[layer] = torch.zeros((shape.heads, tokens, shape.key_width), dtype=dtype)
-            self.values[layer] = torch.zeros((shape.heads, tokens, shape.value_width), dtype=dtype)
+            self.keys[layer] = torch.zeros((1, shape.heads, tokens, shape.key_width), dtype=dtype)
+            self.values[layer] = torch.zeros((1, shape.heads, tokens, shape.value_width), dtype=dtype)
