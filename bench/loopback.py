@@ -28,7 +28,7 @@ def serve_reference(model: str, threads: int) -> None:
 
     from farflung.engine.bench import GenerateReference
     from farflung.engine.loader import load_stage
-    from farflung.engine.source import open_source
+    from farflung.engine.open_model import open_source
 
     torch.set_num_threads(threads)
     source = open_source(model)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from farflung.core.model import LayerRange
 from farflung.engine.loader import load_stage
-from farflung.engine.source import open_source
+from farflung.engine.open_model import open_source
 from farflung.engine.torch_backend import BackendConfig, TorchBackend
 from farflung.identity.keys import Identity
 from farflung.node.service import Node, NodeConfig, NodePorts

@@ -21,7 +21,7 @@ from farflung.core.errors import FarflungError
 from farflung.core.ids import NodeId
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine.loader import load_stage
-from farflung.engine.source import open_source
+from farflung.engine.open_model import open_source
 from farflung.engine.torch_backend import BackendConfig, TorchBackend
 from farflung.identity.keys import Identity
 from farflung.node.service import Node, NodeConfig, NodePorts

@@ -35,7 +35,7 @@ def test_generate_gives_the_tokens_of_plain_transformers_as_one_json_object(
     )
     assert found.code == 0, found.stderr
     value = found.json
-    from farflung.engine.source import open_source
+    from farflung.engine.open_model import open_source
     from farflung.text.tokenizer import Tokenizer
 
     ids = torch.tensor([Tokenizer(*open_source(str(model)).tokenizer_arguments()).encode(PROMPT)])

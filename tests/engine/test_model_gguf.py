@@ -21,8 +21,8 @@ from farflung.engine.dequant import VALUES_PER_PIECE, dequantise
 from farflung.engine.gguf_file import read_header
 from farflung.engine.gguf_source import GgufSource
 from farflung.engine.loader import load_stage
+from farflung.engine.open_model import open_source
 from farflung.engine.skeleton import build_skeleton
-from farflung.engine.source import open_source
 
 TYPES = [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
 

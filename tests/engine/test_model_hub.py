@@ -16,8 +16,8 @@ from farflung.core.errors import ModelError, NotAModel
 from farflung.core.model import LayerRange
 from farflung.engine.hub import HubFiles
 from farflung.engine.loader import load_stage
+from farflung.engine.open_model import looks_like_hub_id
 from farflung.engine.safetensors_source import SafetensorsSource
-from farflung.engine.source import looks_like_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

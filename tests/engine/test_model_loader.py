@@ -11,7 +11,8 @@ from farflung.core.errors import CorruptWeights, DigestMismatch, NotAModel, Unsu
 from farflung.core.ids import ModelDigest
 from farflung.core.model import LayerRange
 from farflung.engine.loader import StageModule, load_stage
-from farflung.engine.source import ModelSource, open_source
+from farflung.engine.open_model import open_source
+from farflung.engine.source import ModelSource
 
 SPLIT = (LayerRange(0, 2), LayerRange(2, 5), LayerRange(5, 6))
 

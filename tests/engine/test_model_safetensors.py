@@ -13,9 +13,9 @@ from models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from farflung.core.errors import CorruptWeights, FarflungError, UnsupportedModel
+from farflung.engine.open_model import open_source
 from farflung.engine.safetensors_file import read_header
 from farflung.engine.safetensors_source import SafetensorsSource
-from farflung.engine.source import open_source
 
 
 def small_file(folder: Path) -> Path:

@@ -48,7 +48,7 @@ def stage(
         prepare_environment(threads, os.environ)
         from farflung.core.model import LayerRange
         from farflung.engine.bench import StageBenchConfig, bench_stage
-        from farflung.engine.source import open_source
+        from farflung.engine.open_model import open_source
 
         config = StageBenchConfig(
             layers=LayerRange.parse(layers) if layers else None,

@@ -51,7 +51,7 @@ def inspect(model: Name, *, json: Json = False, debug: Debug = False) -> None:
     """Show what serving MODEL costs: bytes of a layer, of the KV cache and of what travels between stages, per token."""
     with command(json=json, debug=debug) as out:
         from farflung.cli.sizes import model_sizes
-        from farflung.engine.source import open_source
+        from farflung.engine.open_model import open_source
         from farflung.wire.codec import codec
 
         with out.progress(model) as progress:
@@ -96,7 +96,7 @@ def fetch(model: Name, *, exit_with_stdin: ExitWithStdin = False, json: Json = F
         ParentWatch()
     with command(json=json, debug=debug) as out:
         from farflung.engine.catalog import CATALOG, missing_packages
-        from farflung.engine.source import open_source
+        from farflung.engine.open_model import open_source
         from farflung.text.tokenizer import Tokenizer
 
         if model in CATALOG and (missing := missing_packages(CATALOG[model])):

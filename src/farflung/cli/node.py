@@ -135,7 +135,7 @@ def prepare_environment(threads: int, environ: MutableMapping[str, str]) -> None
 def _run(out: Output, options: NodeOptions, watch: ParentWatch | None) -> None:
     from farflung.cli.state import claimed_identity
     from farflung.core.ids import parse_model_digest
-    from farflung.engine.source import open_source
+    from farflung.engine.open_model import open_source
     from farflung.swarm.addresses import split_address
 
     split_address(options.listen)

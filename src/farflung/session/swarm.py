@@ -16,7 +16,7 @@ from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import OpenText
 from farflung.core.model import ModelSpec
 from farflung.core.route import Route
-from farflung.engine.source import open_source
+from farflung.engine.open_model import open_source
 from farflung.identity.keys import Identity
 from farflung.planning.routes import RouteOptions, choose_route
 from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generation
