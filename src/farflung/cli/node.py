@@ -272,7 +272,7 @@ async def _serve(
                 f"({backend.engine_class}, {backend.kv_tokens} tokens of KV)"
             )
             try:
-                await first_of(stop.wait(), node.failed())
+                await first_of(stop.wait(), node.ended())
                 out.note("draining: running sessions may end, no new ones are taken")
             finally:
                 await node.drain()

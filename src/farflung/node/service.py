@@ -77,7 +77,7 @@ class NodePorts:
 
 
 class Node:
-    """``start`` it, wait on ``failed``, end it with ``drain``. Its tasks live inside ``start`` .. ``drain``."""
+    """``start`` it, wait on ``ended``, end it with ``drain``. Its tasks live inside ``start`` .. ``drain``."""
 
     def __init__(self, config: NodeConfig, ports: NodePorts) -> None:
         self._config = config
@@ -122,7 +122,7 @@ class Node:
             started.cancel()
             self._main.result()
 
-    async def failed(self) -> None:
+    async def ended(self) -> None:
         """Returns once the node has ended; raises why, where it could not go on."""
         if self._main is not None:
             await asyncio.shield(self._main)
