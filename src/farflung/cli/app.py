@@ -88,7 +88,8 @@ def run(arguments: Sequence[str]) -> int:
             obj=defaults,
         )
     except typer.TyperException as error:  # what the parser refused
-        print_error(error.format_message(), _usage_hint(error, defaults.settings))
+        if message := error.format_message():  # empty where the help was asked for by saying nothing
+            print_error(message, _usage_hint(error, defaults.settings))
         return WRONG_USAGE
     except typer.Abort:
         return INTERRUPTED

@@ -60,7 +60,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     codec: Codec = "int8",
-    speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: auto or off.")] = "auto",
+    speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: not built yet, auto is off.")] = "auto",
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from farflung.core.errors import UsageError
+from farflung.core.model import LayerRange
 
 CODECS = ("fp32", "bf16", "int8")
 """The coarsest last."""
@@ -16,6 +17,18 @@ def check_dtype(dtype: str) -> None:
         raise UsageError(f"--dtype {dtype} is not built yet", hint="use --dtype bf16, the smallest there is now")
     if dtype not in ("auto", "fp32", "bf16"):
         raise UsageError(f"--dtype {dtype!r} is unknown", hint="use auto, fp32 or bf16")
+
+
+def check_layers(layers: str) -> None:
+    """Raises UsageError for what can be no choice of layers of any model: before minutes of loading, not after."""
+    if layers == "auto":
+        return
+    if "/" not in layers:
+        LayerRange.parse(layers)
+        return
+    part, _, parts = layers.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise UsageError(f"--layers {layers!r} is no part of a model", hint="write K/N with 1 <= K <= N, e.g. 2/3")
 
 
 def check_codec(codec: str) -> None:

@@ -18,7 +18,7 @@ app = typer.Typer(name="config", no_args_is_help=True, help="Where defaults of o
     epilog=examples(
         "farflung config show",
         "FARFLUNG_DIRECTORY=http://10.0.0.5:7700 farflung config show",
-        "A farflung.toml: a table [all] with directory = 'http://10.0.0.5:7700', a table [node] with threads = 2",
+        "In farflung.toml, table 'all': directory = 'http://10.0.0.5:7700'; table 'node': threads = 2",
     )
 )
 def show(context: typer.Context, json: Json = False, debug: Debug = False) -> None:

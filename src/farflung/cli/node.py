@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farflung.cli.choices import CODECS, check_codec, check_dtype, torch_dtype
+from farflung.cli.choices import CODECS, check_codec, check_dtype, check_layers, torch_dtype
 from farflung.cli.directory import directory_at
 from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, ExitWithStdin, Json, Model, State, examples
 from farflung.cli.output import Output, command
@@ -65,7 +65,11 @@ def node(
     model: Model,
     layers: Annotated[
         str,
-        typer.Option("--layers", metavar="A:B|K/N|auto", help="Layers A to B-1, part K of N, or what the swarm needs most."),
+        typer.Option(
+            "--layers",
+            metavar="A:B|K/N|auto",
+            help="Layers A to B-1, part K of N, or auto: all that are missing and fit in memory.",
+        ),
     ] = AUTO,
     listen: Annotated[
         str,
@@ -104,6 +108,7 @@ def node(
     with command(json=json, debug=debug) as out:
         check_dtype(dtype)
         check_codec(codec)
+        check_layers(layers)
         options = NodeOptions(
             directory=directory,
             model=model,

@@ -30,7 +30,11 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0,
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")]
 Codec = Annotated[
-    str, typer.Option("--codec", help="How activations travel between stages: fp32 and bf16 exactly, int8 in a quarter.")
+    str,
+    typer.Option(
+        "--codec",
+        help="How activations travel between stages: fp32, bf16, or int8 (rounded, a quarter of fp32).",
+    ),
 ]
 ExitWithStdin = Annotated[
     bool, typer.Option("--exit-with-stdin", hidden=True, help="End when stdin closes: the parent process is gone.")

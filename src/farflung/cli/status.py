@@ -122,7 +122,7 @@ def _show(out: Output, records: Sequence[NodeRecord], links: Sequence[MeasuredLi
     from rich.table import Table
 
     if not records:
-        out.print("no nodes yet; add one: farflung node --model MODEL")
+        out.print("no nodes yet; add one: farflung node --directory URL --model MODEL")
         return
     for group in _by_model(records):
         model = _model(group)

@@ -50,7 +50,7 @@ class RouteOptions:
         unmeasured_round_trip_s: what a link nobody measured is taken for: far enough that a measured near one wins.
         mix_classes: allow nodes of different engine classes in one route.
         avoid: nodes that must not be used (lost ones, say).
-        model: named in the hint of LayersMissing.
+        model, directory: named in the hint of LayersMissing; empty leaves them out.
     """
 
     lease_tokens: int = 0
@@ -59,6 +59,7 @@ class RouteOptions:
     mix_classes: bool = False
     avoid: frozenset[NodeId] = frozenset()
     model: str = ""
+    directory: str = ""
 
 
 _T = TypeVar("_T")
@@ -150,8 +151,7 @@ def _layers_missing(
             hint="allow a route that mixes engine classes, or start nodes of one class (--dtype)",
         )
     wanted = " and ".join(str(gap) for gap in gaps)
-    model = f" --model {options.model}" if options.model else ""
-    commands = "; ".join(f"farflung node{model} --layers {gap}" for gap in gaps)
+    commands = "; ".join(node_command(options.directory, options.model, str(gap)) for gap in gaps)
     if not missing_layers([o.layers for o in offers if o.node_id not in options.avoid], layers):
         short_of = [o for o in offers if o.kv_free_tokens < options.lease_tokens and o.node_id not in options.avoid]
         free = ", ".join(f"{short(o.node_id)} ({o.layers}) has {o.kv_free_tokens}" for o in _first(short_of))
@@ -165,6 +165,12 @@ def _layers_missing(
         f"layers {wanted} of {layers} are missing (ranges must join); served are {_who(usable)}",
         hint=f"add what is missing: {commands}",
     )
+
+
+def node_command(directory: str, model: str, layers: str) -> str:
+    """What to type to add a node; an empty directory or model is left out."""
+    given = [("--directory", directory), ("--model", model), ("--layers", layers)]
+    return " ".join(["farflung node", *(f"{option} {value}" for option, value in given if value)])
 
 
 def _who(offers: Iterable[StageOffer]) -> str:

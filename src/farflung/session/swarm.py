@@ -64,15 +64,23 @@ class Swarm:
         tokenizer: None: prompts are token ids, tokens come without text.
         ports: see above.
         find_timeout_s: how long to look for a node's address.
+        directory_url: named in hints.
     """
 
     def __init__(
-        self, spec: ModelSpec, tokenizer: Tokenizer | None, ports: DriverPorts, *, find_timeout_s: float = 2.0
+        self,
+        spec: ModelSpec,
+        tokenizer: Tokenizer | None,
+        ports: DriverPorts,
+        *,
+        find_timeout_s: float = 2.0,
+        directory_url: str = "",
     ) -> None:
         self.spec = spec
         self._tokenizer = tokenizer
         self._ports = ports
         self._find_timeout_s = find_timeout_s
+        self._directory_url = directory_url
         self._roster = Roster(ports.directory, Query(model=spec.digest))
         self._pool = LinkPool(ports.transport, self._addresses_of, dial_timeout_s=find_timeout_s + 0.5)
         self._stack = AsyncExitStack()
@@ -101,7 +109,7 @@ class Swarm:
         ports = DriverPorts(
             identity=identity, transport=transport, directory=directory, clock=time.time, random_bytes=secrets.token_bytes
         )
-        async with aclosing(directory), cls(spec, tokenizer, ports) as swarm:
+        async with aclosing(directory), cls(spec, tokenizer, ports, directory_url=directory_url) as swarm:
             yield swarm
 
     async def __aenter__(self) -> Self:
@@ -168,14 +176,17 @@ class Swarm:
 
         Raises NoSuchModel, DigestMismatch where only another model of that name is served, LayersMissing.
         """
-        options = RouteOptions(lease_tokens=lease_tokens, avoid=avoid, model=self.spec.name)
+        options = RouteOptions(lease_tokens=lease_tokens, avoid=avoid, model=self.spec.name, directory=self._directory_url)
         if not avoid:
             try:
                 return self._route_over(self._roster.records, options)
             except LayersMissing:
                 pass  # what the roster knows of free KV ages, and a node may just have come: ask once before giving up
         everything = await self._ports.directory.records()
-        served = find_model(everything, self.spec.digest if self._is_served(everything) else self.spec.name)
+        wanted = self.spec.digest if self._is_served(everything) else self.spec.name
+        served = find_model(everything, wanted, directory=self._directory_url)
+            everything, self.spec.digest if self._is_served(everything) else self.spec.name, directory=self._directory_url
+        )
         if served.digest != self.spec.digest:
             raise DigestMismatch(
                 f"the swarm serves {self.spec.name} as {short(served.digest)}, the files here make {short(self.spec.digest)}",

@@ -11,7 +11,7 @@ from farflung.core.ids import ModelDigest, NodeId, short
 from farflung.core.model import LayerRange
 from farflung.planning.coverage import coverage, missing_layers
 from farflung.planning.curve import time_ms
-from farflung.planning.routes import StageOffer
+from farflung.planning.routes import StageOffer, node_command
 from farflung.swarm.links import MeasuredLink
 from farflung.swarm.records import NodeRecord
 
@@ -54,8 +54,8 @@ def served_models(records: Iterable[NodeRecord]) -> tuple[ServedModel, ...]:
     return tuple(found)
 
 
-def find_model(records: Iterable[NodeRecord], model: str) -> ServedModel:
-    """The one model named ``model`` (or with that digest).
+def find_model(records: Iterable[NodeRecord], model: str, *, directory: str = "") -> ServedModel:
+    """The one model named ``model`` (or with that digest). ``directory`` is named in the hint.
 
     Raises NoSuchModel where nobody serves it, naming what is served; UsageError where several models have that name.
     """
@@ -64,7 +64,7 @@ def find_model(records: Iterable[NodeRecord], model: str) -> ServedModel:
     if not found:
         names = ", ".join(f"{one.name} ({short(one.digest)})" for one in served[:8]) or "nothing"
         raise NoSuchModel(
-            f"nobody serves {model}; served is {names}", hint=f"start a node: farflung node --model {model} --layers auto"
+            f"nobody serves {model}; served is {names}", hint=f"start a node: {node_command(directory, model, 'auto')}"
         )
     if len({one.digest for one in found}) > 1:
         digests = ", ".join(f"{one.digest} ({one.nodes} nodes)" for one in found[:4])
