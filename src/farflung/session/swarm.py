@@ -185,8 +185,6 @@ class Swarm:
         everything = await self._ports.directory.records()
         wanted = self.spec.digest if self._is_served(everything) else self.spec.name
         served = find_model(everything, wanted, directory=self._directory_url)
-            everything, self.spec.digest if self._is_served(everything) else self.spec.name, directory=self._directory_url
-        )
         if served.digest != self.spec.digest:
             raise DigestMismatch(
                 f"the swarm serves {self.spec.name} as {short(served.digest)}, the files here make {short(self.spec.digest)}",
