@@ -7,9 +7,11 @@ root (the last committed slot); a slot once dead never comes back. Used by the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from farflung.core.errors import ProtocolViolation
 from farflung.core.window import NO_SLOT, Commit, SlotRun, SlotSpan, spans_of
@@ -22,8 +24,7 @@ class Place(NamedTuple):
     position: int
 
 
-@dataclass(frozen=True)
-class TokenTree:
+class TokenTree(Struct, frozen=True):
     """Attributes:
     committed: spans of the committed path, by position.
     committed_tokens: its length in tokens.

@@ -7,7 +7,8 @@ through - and the receiver returns what it has computed, in lumps: a decode row 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from farflung.core.errors import ProtocolViolation
 
@@ -20,8 +21,7 @@ WINDOW_COST_BYTES = 256
 RETURN_AT_BYTES = INITIAL_CREDIT_BYTES // 4
 
 
-@dataclass(frozen=True)
-class SenderCredit:
+class SenderCredit(Struct, frozen=True):
     """The sending end of an edge."""
 
     left: int = INITIAL_CREDIT_BYTES
@@ -43,8 +43,7 @@ class SenderCredit:
         return SenderCredit(self.left + size)
 
 
-@dataclass(frozen=True)
-class ReceiverCredit:
+class ReceiverCredit(Struct, frozen=True):
     """The receiving end: what the peer may still send, and what was computed and not returned yet."""
 
     left: int = INITIAL_CREDIT_BYTES

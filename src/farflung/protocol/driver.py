@@ -7,7 +7,10 @@ Plain decode: the answer for the newest slot is itself the next token, so it goe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from farflung.core.errors import FarflungError, PromptTooLong, ProtocolViolation, UsageError
 from farflung.core.ids import NodeId
@@ -128,8 +131,7 @@ DriverEvent = Begin | AnswerReceived | CreditReceived | Failed | Stop
 DriverEffect = SendWindow | Emit | Finish
 
 
-@dataclass(frozen=True, kw_only=True)
-class DriverState:
+class DriverState(Struct, frozen=True, kw_only=True):
     """One generation.
 
     Attributes:

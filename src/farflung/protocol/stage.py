@@ -9,7 +9,10 @@ successor as its credit allows, or from the tail as answers to the owner. A rule
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from farflung.core.errors import LeaseExceeded, ProtocolViolation
 from farflung.core.ids import SessionId
@@ -101,8 +104,7 @@ class PendingWindow:
     wants_answer: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageState:
+class StageState(Struct, frozen=True, kw_only=True):
     """One session at one stage.
 
     Attributes:
