@@ -35,5 +35,22 @@ class SamplingOptions(Struct, frozen=True, kw_only=True, omit_defaults=True, for
             raise UsageError(f"choice {self.choice} is out of range")
 
     @property
+    def needs_history(self) -> bool:
+        """Whether an option looks back at the text, so that token ids must reach the tail."""
+        return False
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """Natural log-probability of a sampled token, and the most likely tokens at its place.
+
+    Attributes:
+        logprob: of the sampled token.
+        top: (token id, log-probability), the most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from farflung.core.errors import FarflungError
 from farflung.core.ids import SessionId
 from farflung.core.model import LayerRange, ModelSpec
-from farflung.core.sampling import SamplingOptions
+from farflung.core.sampling import SamplingOptions, TokenLogprob
 from farflung.core.window import Commit, SlotRun
 
 
@@ -28,13 +28,19 @@ class SessionSpec:
         session: its id.
         lease_tokens: KV cells reserved for it; it never uses more.
         sampling: used by the tail.
-        codec: how rows come in and go out (``fp32``, ``bf16``, ``int8``).
+        codec: how rows come in, and go out unless ``codec_out`` names another.
+        codec_out: how rows go out; empty: as they come in.
+        prompt_tokens: of its tokens, how many are the prompt's.
+        context_tokens: the length that rotary factors are chosen for; 0: the lease.
     """
 
     session: SessionId
     lease_tokens: int
     sampling: SamplingOptions
     codec: str
+    codec_out: str = ""
+    prompt_tokens: int = 0
+    context_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class StageWork:
         session: an open session.
         commit: applied after the slots of ``runs`` are known and before they are computed; None leaves the root.
         runs: the new slots, all alive; may be empty (a commit alone).
-        token_ids: int32 [rows], in the vocabulary, first stage only.
+        token_ids: int32 [rows], in the vocabulary: at the first stage, and at the tail where sampling looks back at the text.
         rows: coded activations of all rows, other stages only.
         want: slots whose next token the tail samples, a subset of the new ones.
     """
@@ -66,6 +72,7 @@ class StageResult:
         session: whose.
         rows: coded activations of all rows for the next stage; None at the tail.
         tokens: the sampled token after each wanted slot, in the order wanted; tail only.
+        logprobs: one per token, where the session's sampling options ask for them.
         error: why this session's window could not be computed (rows that do not decode, activations that are not finite);
             the other results of the step are good all the same.
     """
@@ -73,6 +80,7 @@ class StageResult:
     session: SessionId
     rows: bytes | None = None
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     error: FarflungError | None = None
 
 
