@@ -31,7 +31,8 @@
     │   └── NoSuchModel             nobody serves this model
     └── SessionError                one generation
         ├── SessionRefused          a node will not open it (and says what it has free)
-        │   └── LeaseExceeded       more tokens than the KV lease allows
+        │   ├── LeaseExceeded       more tokens than the KV lease allows
+        │   └── NotAdmitted         no swarm key, another one, or not on the list of drivers
         ├── StageLost               a node of the route is gone
         ├── StageFailed             a node of the route reported a fault
         ├── DeadlineExceeded        a wait ended before its answer came
@@ -161,6 +162,9 @@ class SessionRefused(SessionError): ...
 
 
 class LeaseExceeded(SessionRefused): ...
+
+
+class NotAdmitted(SessionRefused): ...
 
 
 class StageLost(SessionError): ...
