@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -16,9 +18,9 @@ import torch
 from farflung.core.errors import FarflungError, MalformedFrame, ProtocolViolation, SessionRefused, StageFailed
 from farflung.core.ids import ModelDigest, SessionId, short
 from farflung.core.model import LayerRange, ModelSpec
-from farflung.engine import codec
 from farflung.engine.attention import BLOCK_ROWS, Segment, StepAttention, max_rows
 from farflung.engine.backend import SessionSpec, StageResult, StageWork, StepReport
+from farflung.engine.batch_codec import decode_each, encode_each
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
 from farflung.engine.kv_pool import Extents, NewRows, SessionCells
 from farflung.engine.kv_tensors import KvTensors
@@ -28,6 +30,7 @@ from farflung.engine.recipe import learn_recipe
 from farflung.engine.source import ModelSource, Progress
 from farflung.sampling.sampler import sample_rows
 from farflung.wire.codec import codec as codec_named
+from farflung.wire.frame import Buffer
 
 HEAD_ROWS = 64
 """Wanted rows that go through the head at a time: their logits are as wide as the vocabulary."""
@@ -181,51 +184,64 @@ class TorchBackend:
     def _step(self, work: Sequence[StageWork], sessions: Sequence[_Session | None]) -> StepReport:
         started = self._compute.clock()
         results: list[StageResult | None] = [None] * len(work)
-        parts: list[_Part] = []
+
+        def failed(index: int, error: FarflungError) -> None:
+            results[index] = StageResult(session=work[index].session, error=error)
+
         with torch.inference_mode():
-            for index, (item, session) in enumerate(zip(work, sessions, strict=True)):
+            parts: list[_Part] = []
+            for index, (item, session, rows) in enumerate(zip(work, sessions, self._read(work, sessions), strict=True)):
                 try:
                     if session is None:
                         raise ProtocolViolation(f"session {short(item.session)} is not open here")
-                    with self._memory_checked():
-                        rows = self._read(item, session)
+                    if isinstance(rows, FarflungError):
+                        raise rows
                     parts.append(_Part(index, session, item, rows, session.cells.apply(item.runs, item.commit)))
                 except FarflungError as error:
-                    results[index] = StageResult(session=item.session, error=error)
-            filled = [part for part in parts if part.rows.slots]
-            hidden, failed = None, None
-            try:
-                with self._memory_checked():
-                    hidden = self._forward(filled) if filled else None
-            except StageFailed as error:
-                failed = error
-            start = 0
+                    failed(index, error)
             for part in parts:
-                stop = start + len(part.rows.slots)
+                if not part.rows.slots:
+                    results[part.index] = StageResult(session=part.work.session, rows=None if self._is_last else b"")
+            filled = [part for part in parts if part.rows.slots]
+            if filled:
                 try:
-                    if failed is not None and part.rows.slots:
-                        raise failed
                     with self._memory_checked():
-                        results[part.index] = self._finish(part, None if hidden is None else hidden[0, start:stop])
-                except FarflungError as error:
-                    results[part.index] = StageResult(session=part.work.session, error=error)
-                start = stop
+                        hidden = self._forward(filled)[0].split([len(part.rows.slots) for part in filled])
+                        finished = self._finish(filled, hidden)
+                except StageFailed as error:
+                    for part in filled:
+                        failed(part.index, error)
+                else:
+                    for part, result in zip(filled, finished, strict=True):
+                        results[part.index] = result
         return StepReport(tuple(result for result in results if result is not None), self._compute.clock() - started)
 
-    def _read(self, item: StageWork, session: _Session) -> torch.Tensor:
-        """Token ids int64 [rows] or activations [rows, width]."""
-        count = sum(run.count for run in item.runs)
-        if self._is_first:
-            ids = np.zeros(0, np.int32) if item.token_ids is None else item.token_ids
-            if ids.shape != (count,):
-                raise MalformedFrame(f"{count} slots came with {ids.size} token ids")
-            return torch.from_numpy(ids.astype(np.int64))
-        if not count:
-            return torch.empty((0, self._spec.hidden_size), dtype=self._dtype)
-        rows = codec.decode(session.spec.codec, item.rows or b"", self._spec.hidden_size, dtype=self._dtype)
-        if len(rows) != count:
-            raise MalformedFrame(f"{count} slots came with {len(rows)} rows of activations")
-        return rows
+    def _read(
+        self, work: Sequence[StageWork], sessions: Sequence[_Session | None]
+    ) -> list[torch.Tensor | FarflungError | None]:
+        """Token ids int64 [rows] or activations [rows, width] of each item; None where the session is not open."""
+        found: list[torch.Tensor | FarflungError | None] = [None] * len(work)
+        coded: list[tuple[int, str, Buffer, int]] = []
+        for index, (item, session) in enumerate(zip(work, sessions, strict=True)):
+            count = sum(run.count for run in item.runs)
+            if session is None:
+                continue
+            if self._is_first:
+                found[index] = _ids(item, count)
+            elif count:
+                coded.append((index, session.spec.codec, item.rows or b"", count))
+            else:
+                found[index] = torch.empty((0, self._spec.hidden_size), dtype=self._dtype)
+        if coded:
+            indices, names, buffers, counts = zip(*coded, strict=True)
+            try:
+                with self._memory_checked():
+                    decoded = decode_each(names, buffers, counts, self._spec.hidden_size, self._dtype)
+            except StageFailed as error:
+                decoded = [error] * len(coded)
+            for index, rows in zip(indices, decoded, strict=True):
+                found[index] = rows
+        return found
 
     def _forward(self, parts: Sequence[_Part]) -> torch.Tensor:
         """All rows of the step through the stage's layers: [1, rows, width]."""
@@ -244,34 +260,73 @@ class TorchBackend:
         hidden = self._recipe.entry(packed, positions) if self._recipe.entry is not None else packed
         return self._recipe.run_layers(hidden, positions, StepAttention(self._kv, cells, segments))
 
-    def _finish(self, part: _Part, hidden: torch.Tensor | None) -> StageResult:
-        session = part.work.session
-        if hidden is None or not len(hidden):
-            return StageResult(session=session, rows=None if self._is_last else b"")
-        if not bool(torch.isfinite(hidden).all()):
-            raise StageFailed(
-                f"layers {self._range} gave activations that are not finite for session {short(session)}",
-                hint="a damaged input or a dtype too narrow for this model; try fp32",
-            )
-        if not self._is_last:
-            return StageResult(session=session, rows=codec.encode(part.session.spec.codec, hidden))
-        return StageResult(session=session, tokens=self._sample(part, hidden))
+    def _finish(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[StageResult]:
+        """Results of windows whose activations, each [rows, width], have passed the layers."""
+        is_finite = [bool(rows.isfinite().all()) for rows in hidden]
+        good = [index for index, finite in enumerate(is_finite) if finite]
+        done = self._results([parts[index] for index in good], [hidden[index] for index in good])
+        results = dict(zip(good, done, strict=True))
+        return [results.get(index) or self._not_finite(part) for index, part in enumerate(parts)]
 
-    def _sample(self, part: _Part, hidden: torch.Tensor) -> tuple[int, ...]:
-        want = part.work.want
-        if not want or self._recipe.exit is None:
-            return ()
-        index = {slot: row for row, slot in enumerate(part.rows.slots)}
-        chosen = [index[slot] for slot in want]
-        tokens: list[int] = []
-        for start in range(0, len(want), HEAD_ROWS):
-            some = chosen[start : start + HEAD_ROWS]
-            logits = self._recipe.exit(hidden[None, some])[0].float()
-            if self._config.on_logits is not None:
-                self._config.on_logits(part.work.session, want[start : start + HEAD_ROWS], logits)
-            next_positions = [int(part.rows.positions[row]) + 1 for row in some]
-            tokens += sample_rows(logits.numpy(), part.session.spec.sampling, next_positions)
-        return tuple(tokens)
+    def _not_finite(self, part: _Part) -> StageResult:
+        error = StageFailed(
+            f"layers {self._range} gave activations that are not finite for session {short(part.work.session)}",
+            hint="a damaged input or a dtype too narrow for this model; try fp32",
+        )
+        return StageResult(session=part.work.session, error=error)
+
+    def _results(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[StageResult]:
+        sessions = [part.work.session for part in parts]
+        if self._is_last:
+            tokens = self._answer(parts, hidden)
+            return [
+                StageResult(session=session, error=found)
+                if isinstance(found, FarflungError)
+                else StageResult(session=session, tokens=tuple(found))
+                for session, found in zip(sessions, tokens, strict=True)
+            ]
+        coded = encode_each([part.session.spec.codec for part in parts], hidden)
+        return [
+            StageResult(session=session, error=found)
+            if isinstance(found, FarflungError)
+            else StageResult(session=session, rows=found)
+            for session, found in zip(sessions, coded, strict=True)
+        ]
+
+    def _answer(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[list[int] | FarflungError]:
+        """The token after each wanted slot of each part. All parts share a pass of the head: its weights are read once."""
+        wanted: list[tuple[int, int]] = []  # part, row of its window
+        for number, part in enumerate(parts):
+            row_of = {slot: row for row, slot in enumerate(part.rows.slots)}
+            wanted += ((number, row_of[slot]) for slot in part.work.want)
+        answers: list[list[int] | FarflungError] = [[] for _ in parts]
+        for start in range(0, len(wanted), HEAD_ROWS):
+            some = wanted[start : start + HEAD_ROWS]
+            logits = self._logits(torch.stack([hidden[number][row] for number, row in some]))
+            first = 0
+            for number, group in groupby(some, key=itemgetter(0)):
+                rows = [row for _, row in group]
+                answer = answers[number]
+                if not isinstance(answer, FarflungError):
+                    try:
+                        answer += self._sample(parts[number], rows, logits[first : first + len(rows)])
+                    except FarflungError as error:
+                        answers[number] = error
+                first += len(rows)
+        return answers
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [rows, vocab] of activations [rows, width], at the tail."""
+        if self._recipe.exit is None:
+            raise ProtocolViolation(f"layers {self._range} have no head")
+        return self._recipe.exit(hidden[None])[0].float()
+
+    def _sample(self, part: _Part, rows: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """The token after each of ``rows`` of the part's window, whose logits are fp32 [rows, vocab]."""
+        if self._config.on_logits is not None:
+            self._config.on_logits(part.work.session, tuple(part.rows.slots[row] for row in rows), logits)
+        next_positions = [int(part.rows.positions[row]) + 1 for row in rows]
+        return sample_rows(logits.numpy(), part.session.spec.sampling, next_positions)
 
     @contextmanager
     def _memory_checked(self) -> Iterator[None]:
@@ -285,6 +340,13 @@ class TorchBackend:
                 f"layers {self._range} have not enough memory for a window: {str(error).partition(chr(10))[0]}",
                 hint="send shorter windows, or choose a node with more memory",
             ) from error
+
+
+def _ids(item: StageWork, count: int) -> torch.Tensor | FarflungError:
+    ids = np.zeros(0, np.int32) if item.token_ids is None else item.token_ids
+    if ids.shape != (count,):
+        return MalformedFrame(f"{count} slots came with {ids.size} token ids")
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
