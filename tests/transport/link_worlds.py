@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from farflung.core.errors import FarflungError
 from farflung.core.ids import NodeId
 from farflung.core.messages import Credit, Hello
-from farflung.identity import Identity
+from farflung.identity import Identity, SwarmKey
 from farflung.lab.virtual_clock import run_virtual
 from farflung.transport.dialling import OnRefused
 from farflung.transport.hello import HELLO
@@ -115,9 +115,9 @@ class World(Protocol):
     def run(self, scenario: Callable[[World], Awaitable[None]], config: LinkConfig | None = None) -> None:
         """Runs it, then checks that nothing is left: no task, no unclosed socket, no word of asyncio in the log."""
 
-    def node(self, hello: Hello = HELLO) -> Node: ...
+    def node(self, hello: Hello = HELLO, swarm_key: SwarmKey | None = None) -> Node: ...
 
-    async def listening(self, hello: Hello = HELLO) -> Node:
+    async def listening(self, hello: Hello = HELLO, swarm_key: SwarmKey | None = None) -> Node:
         """A node that listens."""
 
     def die(self, node: Node) -> None:
@@ -156,26 +156,26 @@ class _World:
 
     def prepare(self) -> None: ...
 
-    def node(self, hello: Hello = HELLO) -> Node:
+    def node(self, hello: Hello = HELLO, swarm_key: SwarmKey | None = None) -> Node:
         node = Node()
-        node.transport = self.transport(hello, node.on_refused)
+        node.transport = self.transport(hello, swarm_key, node.on_refused)
         self._nodes.append(node)
         return node
 
-    async def listening(self, hello: Hello = HELLO) -> Node:
-        node = self.node(hello)
+    async def listening(self, hello: Hello = HELLO, swarm_key: SwarmKey | None = None) -> Node:
+        node = self.node(hello, swarm_key)
         node.listener = await node.transport.listen("127.0.0.1:0", node.on_link)
         return node
 
-    def transport(self, hello: Hello, on_refused: OnRefused) -> Transport:
+    def transport(self, hello: Hello, swarm_key: SwarmKey | None, on_refused: OnRefused) -> Transport:
         raise NotImplementedError
 
 
 class TcpWorld(_World):
     """Sockets over loopback."""
 
-    def transport(self, hello: Hello, on_refused: OnRefused) -> Transport:
-        return TcpTransport(Identity.generate(), self.config, hello=hello, on_refused=on_refused)
+    def transport(self, hello: Hello, swarm_key: SwarmKey | None, on_refused: OnRefused) -> Transport:
+        return TcpTransport(Identity.generate(), self.config, hello=hello, swarm_key=swarm_key, on_refused=on_refused)
 
     def die(self, node: Node) -> None:
         assert isinstance(node.transport, TcpTransport)
@@ -191,9 +191,9 @@ class MemoryWorld(_World):
         self.network = MemoryNetwork(random.Random(1), config=self.config, shape=shape)
         self._names = 0
 
-    def transport(self, hello: Hello, on_refused: OnRefused) -> Transport:
+    def transport(self, hello: Hello, swarm_key: SwarmKey | None, on_refused: OnRefused) -> Transport:
         self._names += 1
-        return self.network.endpoint(NodeId(f"{self._names:064x}"), hello=hello, on_refused=on_refused)
+        return self.network.endpoint(NodeId(f"{self._names:064x}"), hello=hello, swarm_key=swarm_key, on_refused=on_refused)
 
     def die(self, node: Node) -> None:
         self.network.crash(node.node_id)

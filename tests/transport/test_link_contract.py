@@ -14,6 +14,7 @@ from farflung.core.errors import (
     FrameTooLarge,
     LinkLost,
     LinkOverloaded,
+    NotAdmitted,
     ProtocolViolation,
     Unreachable,
     UsageError,
@@ -23,8 +24,11 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Answer, Hello, Window
 from farflung.core.window import Commit, SlotRun, SlotSpan
+from farflung.identity import SwarmKey
 from farflung.transport.byte_stream import RECORD_BYTES
 from farflung.transport.link import Frame, Link, LinkConfig, Priority
+
+KEY, OTHER_KEY = SwarmKey(bytes(32)), SwarmKey(bytes(range(32)))
 
 
 @pytest.fixture(params=WORLDS)
@@ -174,6 +178,42 @@ def test_no_version_in_common_is_told_on_both_sides_with_the_numbers(world: Worl
         assert isinstance(error, VersionMismatch)
         assert "2 to 3" in str(error)
         assert there.accepted == []
+
+    world.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "we_say", "they_say"),
+    [
+        (None, KEY, "no swarm key is set here", "shows no swarm key"),
+        (KEY, None, "shows no swarm key", "no swarm key is set here"),
+        (OTHER_KEY, KEY, "another swarm key", "another swarm key"),
+    ],
+)
+def test_a_link_where_only_one_end_knows_the_swarms_key_is_ended_by_name_on_both_sides_before_any_frame(
+    world: World, ours: SwarmKey | None, theirs: SwarmKey | None, we_say: str, they_say: str
+) -> None:
+    async def scenario(world: World) -> None:
+        here, there = world.node(swarm_key=ours), await world.listening(swarm_key=theirs)
+        with pytest.raises(NotAdmitted, match=we_say) as caught:
+            await here.transport.dial(there.node_id, [there.address])
+        assert caught.value.hint
+        error = await there.refusal()
+        assert isinstance(error, NotAdmitted)
+        assert they_say in str(error)
+        assert there.accepted == []
+
+    world.run(scenario)
+
+
+def test_two_ends_with_the_swarms_key_link(world: World) -> None:
+    async def scenario(world: World) -> None:
+        here, there = world.node(swarm_key=KEY), await world.listening(swarm_key=SwarmKey.parse(KEY.text))
+        link = await here.transport.dial(there.node_id, [there.address])
+        link.start(Recorder())
+        link.send(2, numbered(1), Priority.DECODE)
+        _, heard = await there.first_link()
+        await heard.until_frames(1)
 
     world.run(scenario)
 
@@ -397,10 +437,10 @@ def test_one_token_costs_the_driver_under_200_bytes_heartbeats_apart(world: Worl
         for token in range(20):
             slot = 1_000_000 + token
             commit = Commit(900_000 + token, (SlotSpan(slot - 1, 1),))
-            window = Window(3, (SlotRun(slot, 1, slot - 1),), (SlotSpan(slot, 1),), commit)
+            window = Window(3, (SlotRun(slot, 1, slot - 1),), (SlotSpan(slot, 1),), commit, next_slot=slot + 1)
             link.send(2, Frame(window, [bytes(4)]), Priority.DECODE)
             await heard_there.until_frames(token + 1)
-            answer = Answer((SlotSpan(slot, 1),), (150_000,), 900_001 + token, 7, 12.5)
+            answer = Answer((SlotSpan(slot, 1),), (150_000,), 900_001 + token, next_slot=slot + 1, queue_rows=7)
             back.send(2, Frame(answer), Priority.DECODE)
             await heard_here.until_frames(token + 1)
         assert counted(link) <= 200 * 20

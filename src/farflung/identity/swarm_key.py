@@ -1,6 +1,6 @@
 """The key of a private swarm: 32 random bytes that its nodes and drivers share, and two proofs of knowing them.
 
-A *link proof* goes into the hello. TLS has proven both node ids by then, so it is enough that the proof is bound to who shows it
+A *link proof* goes into the hello. TLS has proven both node ids by then, so it is enough that it is bound to who shows it
 and to whom. An *open proof* goes into the signed opening of a session, because that reaches later stages through nodes that its
 owner does not know: it is bound to the owner, the session and the time it is good until, so that nobody else can use it, nor
 the owner another day.

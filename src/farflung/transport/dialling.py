@@ -6,7 +6,16 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from farflung.core.errors import FarflungError, IdentityError, LinkError, LinkLost, Unreachable, VersionMismatch, WrongPeer
+from farflung.core.errors import (
+    FarflungError,
+    IdentityError,
+    LinkError,
+    LinkLost,
+    NotAdmitted,
+    Unreachable,
+    VersionMismatch,
+    WrongPeer,
+)
 from farflung.core.ids import NodeId, short
 from farflung.transport.frame_link import FrameLink
 
@@ -28,7 +37,7 @@ async def first_that_answers(
         timeout_s: for all of it.
 
     Raises:
-        WrongPeer, VersionMismatch: no address leads to the peer, but one leads to that.
+        WrongPeer, VersionMismatch, NotAdmitted: no address leads to the peer, but one leads to that.
         Unreachable: no address answered; says why for each.
     """
     attempts: dict[asyncio.Task[FrameLink], str] = {}
@@ -102,7 +111,7 @@ def check_peer(peer: NodeId, found: NodeId, address: str) -> None:
 
 
 def _why(peer: NodeId, addresses: Sequence[str], failures: dict[str, FarflungError], timeout_s: float) -> FarflungError:
-    for kind in (IdentityError, VersionMismatch):
+    for kind in (IdentityError, VersionMismatch, NotAdmitted):
         for error in failures.values():
             if isinstance(error, kind):
                 return error

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from msgspec.structs import replace
+
 from farflung.core.errors import (
     FarflungError,
     FrameTooLarge,
@@ -26,6 +28,7 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
 from farflung.core.units import Bytes
+from farflung.identity.swarm_key import SwarmKey, check_link_proof, link_proof
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
 from farflung.transport.half_received import HalfReceived
 from farflung.transport.hello import check_versions
@@ -50,20 +53,32 @@ class LinkSetup:
     """What all links of a node share.
 
     Attributes:
+        me: this node.
         config: limits and rhythms.
         hello: what this node speaks.
+        swarm_key: of the private swarm it is in: peers without it are turned away.
         uplink: by which all of them send.
         half_received: budget of all of them.
     """
 
+    me: NodeId
     config: LinkConfig
     hello: Hello
+    swarm_key: SwarmKey | None
     uplink: Uplink
     half_received: HalfReceived
 
     @classmethod
-    def of(cls, config: LinkConfig, hello: Hello) -> LinkSetup:
-        return cls(config, hello, Uplink(), HalfReceived(config.max_partial_bytes))
+    def of(cls, me: NodeId, config: LinkConfig, hello: Hello, swarm_key: SwarmKey | None) -> LinkSetup:
+        return cls(me, config, hello, swarm_key, Uplink(), HalfReceived(config.max_partial_bytes))
+
+    def hello_to(self, peer: NodeId) -> Hello:
+        return replace(self.hello, proof=link_proof(self.swarm_key, self.me, peer))
+
+    def check(self, hello: Hello, peer: NodeId) -> None:
+        """Raises VersionMismatch, NotAdmitted."""
+        check_versions(self.hello, hello, peer)
+        check_link_proof(self.swarm_key, hello.proof, self.me, peer)
 
 
 class FrameLink:
@@ -97,7 +112,7 @@ class FrameLink:
         self._uplink = setup.uplink
         self._half_received = setup.half_received
         self._config = config = setup.config
-        self._hello = setup.hello
+        self._check_hello = setup.check
         self._on_greeted = on_greeted
         self._state = _State.GREETING
         self._next_channel = 2 if dialled else 1
@@ -112,7 +127,7 @@ class FrameLink:
         self._heard = self._loop.time()
         self._ping_at = self._beat_at = 0.0
         self._timer = self._loop.call_at(greet_by, self._greeting_overdue, self._heard)
-        self._post(setup.hello)
+        self._post(setup.hello_to(peer))
 
     def __repr__(self) -> str:
         return f"FrameLink({short(self.peer)}, {self._state.name.lower()})"
@@ -271,7 +286,7 @@ class FrameLink:
         match message:
             case Hello() if self.peer_hello is None:
                 self.peer_hello = message
-                check_versions(self._hello, message, self.peer)
+                self._check_hello(message, self.peer)
                 self._state = _State.UP
                 self._timer.cancel()
                 self._beat()

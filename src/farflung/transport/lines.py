@@ -107,7 +107,8 @@ class LinkPool:
     async def line(self, peer: NodeId, handler: LineHandler) -> Line:
         """A fresh line to ``peer``, over the link there is or a new one.
 
-        Raises Unreachable, WrongPeer, VersionMismatch; LinkLost where the link is lost at once, or this pool is closed.
+        Raises Unreachable, WrongPeer, VersionMismatch, NotAdmitted; LinkLost where the link is lost at once, or this
+        pool is closed.
         """
         lines = next((lines for lines in reversed(self._links.get(peer, [])) if lines.link.is_up), None)
         if lines is None:

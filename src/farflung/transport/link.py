@@ -138,7 +138,8 @@ class Transport(Protocol):
     async def dial(self, peer: NodeId, addresses: Sequence[str]) -> Link:
         """A link to ``peer``, on the first address that answers with its key.
 
-        Raises Unreachable (no address answers in time), WrongPeer (another key answers), VersionMismatch.
+        Raises Unreachable (no address answers in time), WrongPeer (another key answers), VersionMismatch,
+        NotAdmitted (only one of the two has the swarm's key).
         """
 
     async def listen(self, address: str, on_link: Callable[[Link], None]) -> Listener:

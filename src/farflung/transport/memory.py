@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
+from farflung.identity.swarm_key import SwarmKey
 from farflung.transport.address import format_address, parse_address
 from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
 from farflung.transport.frame_link import FrameLink, LinkSetup
@@ -56,6 +57,7 @@ class MemoryNetwork:
         *,
         uplink_bytes_per_s: float | None = None,
         hello: Hello = HELLO,
+        swarm_key: SwarmKey | None = None,
         on_refused: OnRefused | None = None,
     ) -> MemoryTransport:
         """A transport for one node.
@@ -64,9 +66,11 @@ class MemoryNetwork:
             node_id: who it is; there are no keys, the network takes its word.
             uplink_bytes_per_s: what the node can send to all others together; None: as much as the paths take.
             hello: what it speaks.
+            swarm_key: as of ``TcpTransport``.
             on_refused: as of ``TcpTransport``.
         """
-        return MemoryTransport(self, node_id, Pipe(uplink_bytes_per_s), hello, on_refused)
+        links = LinkSetup.of(node_id, self.config, hello, swarm_key)
+        return MemoryTransport(self, links, Pipe(uplink_bytes_per_s), on_refused)
 
     def shape(self, a: NodeId, b: NodeId, there: LinkShape, back: LinkShape | None = None) -> None:
         """Shapes the path from ``a`` to ``b``, and the one back by ``back`` or alike. Holds for what is sent from now on."""
@@ -159,17 +163,16 @@ class MemoryNetwork:
 class MemoryTransport:
     """See ``Transport``. Made by ``MemoryNetwork.endpoint``."""
 
-    def __init__(self, network: MemoryNetwork, node_id: NodeId, pipe: Pipe, hello: Hello, on_refused: OnRefused | None) -> None:
+    def __init__(self, network: MemoryNetwork, links: LinkSetup, pipe: Pipe, on_refused: OnRefused | None) -> None:
         self.pipe = pipe
         self.on_refused = on_refused
         self._network = network
-        self._node_id = node_id
-        self._links = LinkSetup.of(network.config, hello)
+        self._links = links
         self._closed = False
 
     @property
     def node_id(self) -> NodeId:
-        return self._node_id
+        return self._links.me
 
     async def dial(self, peer: NodeId, addresses: Sequence[str]) -> Link:
         return await first_that_answers(
@@ -193,7 +196,7 @@ class MemoryTransport:
     async def _dial(self, peer: NodeId, address: str) -> FrameLink:
         if self._closed:
             raise UsageError("this transport is closed and dials no more")
-        listener = await self._network.reach(self._node_id, address)
+        listener = await self._network.reach(self.node_id, address)
         check_peer(peer, listener.node_id, address)
         if self._closed:
             raise Unreachable("this transport was closed while it dialled")

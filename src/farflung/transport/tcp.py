@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError
 from farflung.core.ids import NodeId
 from farflung.core.messages import Hello
-from farflung.identity import Identity, client_context, server_context
+from farflung.identity import Identity, SwarmKey, client_context, server_context
 from farflung.transport.address import format_address, parse_address
 from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
 from farflung.transport.frame_link import FrameLink, LinkSetup
@@ -31,6 +31,7 @@ class TcpTransport:
         identity: the key that is this node.
         config: limits and rhythms of all links.
         hello: what this node speaks.
+        swarm_key: of a private swarm: who does not know it is turned away (NotAdmitted), dialled or dialling.
         on_refused: for the log; connections that fail before they are links have no handler to tell.
     """
 
@@ -40,13 +41,14 @@ class TcpTransport:
         config: LinkConfig | None = None,
         *,
         hello: Hello = HELLO,
+        swarm_key: SwarmKey | None = None,
         on_refused: OnRefused | None = None,
     ) -> None:
         self._node_id = identity.node_id
         self._client_context = client_context(identity)
         self._server_context = server_context(identity)
         self._on_refused = on_refused
-        links = LinkSetup.of(config or LinkConfig(), hello)
+        links = LinkSetup.of(self._node_id, config or LinkConfig(), hello, swarm_key)
         self._setup = TcpSetup(links, memoryview(bytearray(_RECEIVE_BYTES)), {})
         self._listeners: dict[TcpListener, None] = {}
         self._closed = False
