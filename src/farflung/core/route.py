@@ -8,12 +8,19 @@ from farflung.core.errors import UsageError
 from farflung.core.ids import NodeId
 from farflung.core.model import LayerRange
 
+FIRST_EPOCH = 1
+
 
 class Hop(Struct, frozen=True, array_like=True):
-    """One node of a route and the layers it computes there."""
+    """One node of a route and the layers it computes there.
+
+    ``epoch`` is that of the opening that put the node here: 1 at first, a greater one for a replacement, and for a node that
+    must begin anew (it holds nothing of the session then).
+    """
 
     node_id: NodeId
     layers: LayerRange
+    epoch: int = FIRST_EPOCH
 
 
 class Route(Struct, frozen=True, array_like=True):
@@ -31,6 +38,8 @@ class Route(Struct, frozen=True, array_like=True):
                 raise UsageError(f"layers {left.layers} and {right.layers} of a route do not join")
         if len({hop.node_id for hop in self.hops}) != len(self.hops):
             raise UsageError("a node comes twice in one route")
+        if any(hop.epoch < FIRST_EPOCH for hop in self.hops):
+            raise UsageError(f"epochs begin at {FIRST_EPOCH}")
 
     @property
     def layers(self) -> int:
@@ -41,12 +50,26 @@ class Route(Struct, frozen=True, array_like=True):
     def tail(self) -> Hop:
         return self.hops[-1]
 
-    def index_of(self, node_id: NodeId) -> int:
-        """Place of the node in the route. Raises UsageError where it has none."""
-        for index, hop in enumerate(self.hops):
-            if hop.node_id == node_id:
-                return index
-        raise UsageError(f"node {node_id} is not on the route")
+    @property
+    def epoch(self) -> int:
+        """Of the newest hop: every repair raises it."""
+        return max(hop.epoch for hop in self.hops)
+
+    def edge_epoch(self, index: int) -> int:
+        """Epoch of the edge into the hop at ``index``: a repair of a stage touches the edges into it and out of it only."""
+        return max(hop.epoch for hop in self.hops[max(0, index - 1) : index + 1])
+
+    def index_of(self, node_id: NodeId) -> int | None:
+        """Place of the node in the route, None where it has none."""
+        return next((index for index, hop in enumerate(self.hops) if hop.node_id == node_id), None)
+
+    def hop_of(self, node_id: NodeId) -> Hop | None:
+        """The hop at that node, None where it has none."""
+        return next((hop for hop in self.hops if hop.node_id == node_id), None)
+
+    def predecessor(self, index: int) -> Hop | None:
+        """The hop before the one at ``index``; None before the first, which the driver feeds itself."""
+        return self.hops[index - 1] if index > 0 else None
 
     def successor(self, index: int) -> Hop | None:
         """The hop after the one at ``index``; None after the tail."""

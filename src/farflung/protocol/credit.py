@@ -1,8 +1,13 @@
-"""Hop credit: how many bytes of windows may be on their way over one edge (DESIGN.md, rule 8).
+"""Hop credit and slot credit (DESIGN.md, rule 8).
 
-Both ends start from the same constant, so the first window needs no round trip. A window costs its payload and a little more.
-A sender may send while its credit is positive - one window may overdraw it, so a window larger than the grant still gets
-through - and the receiver returns what it has computed, in lumps: a decode row costs no extra frame.
+Hop credit: how many bytes of windows may be on their way over one edge. Both ends start from the same constant, so the first
+window needs no round trip. A window costs its payload and a little more. A sender may send while its credit is positive - one
+window may overdraw it, so a window larger than the grant still gets through - and the receiver returns what it has computed, in
+lumps: a decode row costs no extra frame. Where an edge is taken up again after a broken line, the receiver says what it can
+take, less what it still has to compute.
+
+Slot credit: how many slots the driver may have in flight. Every stage grants a number when the owner's line is up, the least of
+them counts, and a slot is in flight until the tail's ``next_slot`` has passed it.
 """
 
 from __future__ import annotations
@@ -20,11 +25,21 @@ WINDOW_COST_BYTES = 256
 
 RETURN_AT_BYTES = INITIAL_CREDIT_BYTES // 4
 
+INITIAL_SLOTS = 64
+"""Slots in flight before a stage has granted any."""
+
 
 class SenderCredit(Struct, frozen=True):
     """The sending end of an edge."""
 
     left: int = INITIAL_CREDIT_BYTES
+
+    @classmethod
+    def told(cls, left: int) -> SenderCredit:
+        """What the receiver of a resumed edge lets us send. Raises ProtocolViolation out of range."""
+        if left > INITIAL_CREDIT_BYTES:
+            raise ProtocolViolation(f"a credit of {left} bytes is over the grant of {INITIAL_CREDIT_BYTES}")
+        return cls(left)
 
     @property
     def may_send(self) -> bool:
@@ -49,15 +64,37 @@ class ReceiverCredit(Struct, frozen=True):
     left: int = INITIAL_CREDIT_BYTES
     owed: int = 0
 
+    @classmethod
+    def resumed(cls, queued: int) -> ReceiverCredit:
+        """For the new line of an edge; ``queued``: the cost of the windows that came over the old one and are not computed."""
+        return cls(INITIAL_CREDIT_BYTES - queued)
+
     def receive(self, payload: int) -> ReceiverCredit:
         """A window with ``payload`` bytes came. Raises ProtocolViolation where the peer had no credit left."""
         if self.left <= 0:
             raise ProtocolViolation(f"a window of {payload} bytes came without credit ({self.left} bytes left)")
         return replace(self, left=self.left - payload - WINDOW_COST_BYTES)
 
-    def computed(self, payload: int) -> tuple[ReceiverCredit, int]:
-        """Counts that window as computed; also the bytes to return to the sender now (0: not yet)."""
-        owed = self.owed + payload + WINDOW_COST_BYTES
+    def computed(self, cost: int) -> tuple[ReceiverCredit, int]:
+        """Counts windows of that cost as computed; also the bytes to return to the sender now (0: not yet)."""
+        owed = self.owed + cost
         if owed < RETURN_AT_BYTES:
             return replace(self, owed=owed), 0
         return ReceiverCredit(self.left + owed, 0), owed
+
+
+class SlotCredit(Struct, frozen=True):
+    """The driver's: ``granted`` slots may be in flight."""
+
+    granted: int = INITIAL_SLOTS
+    grants: int = 0
+
+    def grant(self, slots: int) -> SlotCredit:
+        """A stage's grant came. Raises ProtocolViolation for one that lets nothing through."""
+        if slots < 1:
+            raise ProtocolViolation(f"a grant of {slots} slots lets nothing through")
+        return SlotCredit(slots if not self.grants else min(self.granted, slots), self.grants + 1)
+
+    def room(self, next_slot: int, covered: int) -> int:
+        """Slots that may still be sent, when those from ``covered`` up to ``next_slot`` are in flight."""
+        return max(0, self.granted - (next_slot - covered))

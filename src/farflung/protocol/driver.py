@@ -3,6 +3,8 @@
     (DriverState, event) -> (DriverState, effects)
 
 Plain decode: the answer for the newest slot is itself the next token, so it goes out at once, committed by its own window.
+The driver is the predecessor of the first stage: when the line to it breaks, what the stage lacks goes out again, made anew
+from the token ids. An answer may come twice, and is taken once.
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ from msgspec.structs import replace
 
 from farflung.core.errors import FarflungError, PromptTooLong, ProtocolViolation, UsageError
 from farflung.core.ids import NodeId
-from farflung.core.messages import Answer, Window
+from farflung.core.messages import Answer, StageTime, Window
 from farflung.core.model import ModelSpec
+from farflung.core.route import FIRST_EPOCH
+from farflung.core.sampling import TokenLogprob
 from farflung.core.tree import TokenTree
 from farflung.core.window import Commit, SlotRun, SlotSpan
-from farflung.protocol.credit import SenderCredit
+from farflung.protocol import outgoing
+from farflung.protocol.credit import SlotCredit
+from farflung.protocol.events import CreditReceived, HaveReceived, SuccessorLost, SuccessorUp
 from farflung.protocol.limits import MAX_WINDOW_ROWS
-
-FIRST_EPOCH = 1
-TOKEN_BYTES = 4
+from farflung.protocol.outgoing import EdgeStatus, OutEdge
+from farflung.protocol.stage_state import ID_BYTES
+from farflung.protocol.windows import slots_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,7 @@ class GenerationPlan:
         vocab_size: token ids lie below it; a tail that answers with another is at fault.
         end_tokens: ids that end the text (they are not part of it).
         chunk_tokens: prompt tokens per window.
+        timeline_every: of so many tokens the window of one is timed at every stage; 0: none.
     """
 
     prompt: tuple[int, ...]
@@ -42,6 +49,7 @@ class GenerationPlan:
     vocab_size: int
     end_tokens: frozenset[int] = frozenset()
     chunk_tokens: int = 128
+    timeline_every: int = 16
 
     @property
     def lease_tokens(self) -> int:
@@ -69,11 +77,6 @@ def plan_generation(plan: GenerationPlan, spec: ModelSpec) -> GenerationPlan:
 
 
 @dataclass(frozen=True)
-class Begin:
-    """The line to the first stage is up."""
-
-
-@dataclass(frozen=True)
 class AnswerReceived:
     """From the tail."""
 
@@ -81,15 +84,15 @@ class AnswerReceived:
 
 
 @dataclass(frozen=True)
-class CreditReceived:
-    """From the first stage."""
+class GrantReceived:
+    """From a stage: so many slots may be in flight."""
 
-    bytes: int
+    slots: int
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A stage reported a fault, or its link is gone. ``node_id`` names the stage at fault, where one is."""
+    """A stage reported a fault, or cannot be reached any more. ``node_id`` names the stage at fault, where one is."""
 
     error: FarflungError
     node_id: NodeId | None = None
@@ -104,11 +107,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class SendWindow:
-    """To the first stage; ``opens``: the session's opening rides with it."""
+    """To the first stage."""
 
     window: Window
     token_ids: tuple[int, ...]
-    opens: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,14 @@ class Emit:
     """One more token of the text."""
 
     token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What became of one window at every stage."""
+
+    timeline: tuple[StageTime, ...]
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,10 @@ class Finish:
     node_id: NodeId | None = None
 
 
-DriverEvent = Begin | AnswerReceived | CreditReceived | Failed | Stop
-DriverEffect = SendWindow | Emit | Finish
+DriverEvent = SuccessorUp | SuccessorLost | HaveReceived | CreditReceived | GrantReceived | AnswerReceived | Failed | Stop
+"""The successor is the first stage."""
+
+DriverEffect = SendWindow | Emit | Timed | Finish
 
 
 class DriverState(Struct, frozen=True, kw_only=True):
@@ -137,16 +149,22 @@ class DriverState(Struct, frozen=True, kw_only=True):
     Attributes:
         plan: see above.
         tree: slots handed out; all committed in plain decode.
+        token_ids: by slot.
+        out: the edge to the first stage.
+        slots: how many slots may be in flight.
+        covered: every slot below has come through the ring.
         generated: tokens emitted so far.
-        credit: what the first stage still takes.
         waiting: the slot whose answer is wanted, None during prefill.
         finished: why it ended, or None.
     """
 
     plan: GenerationPlan
     tree: TokenTree = field(default_factory=TokenTree)
+    token_ids: tuple[int, ...] = ()
+    out: OutEdge = field(default_factory=lambda: OutEdge(epoch=FIRST_EPOCH, row_bytes=ID_BYTES))
+    slots: SlotCredit = field(default_factory=SlotCredit)
+    covered: int = 0
     generated: int = 0
-    credit: SenderCredit = field(default_factory=SenderCredit)
     waiting: int | None = None
     finished: str | None = None
 
@@ -155,68 +173,112 @@ class DriverState(Struct, frozen=True, kw_only=True):
         return self.tree.committed_tokens < len(self.plan.prompt)
 
 
-def advance(state: DriverState, event: DriverEvent) -> tuple[DriverState, tuple[DriverEffect, ...]]:
+Transition = tuple[DriverState, tuple[DriverEffect, ...]]
+
+
+def advance(state: DriverState, event: DriverEvent) -> Transition:
     """One transition. After the end nothing has an effect. Raises ProtocolViolation for an answer nobody asked for."""
     if state.finished is not None:
         return state, ()
     match event:
-        case Begin():
-            return _prefill(state)
-        case CreditReceived():
-            return _prefill(replace(state, credit=state.credit.refill(event.bytes)))
         case AnswerReceived():
             return _accept(state, event.answer)
+        case GrantReceived():
+            return replace(state, slots=state.slots.grant(event.slots)), ()
         case Failed():
             return replace(state, finished="error"), (Finish("error", event.error, event.node_id),)
         case Stop():
             return replace(state, finished=event.reason), (Finish(event.reason),)
+        case _:
+            return _prefill(replace(state, out=_first_stage(state, event)))
 
 
-def _prefill(state: DriverState) -> tuple[DriverState, tuple[DriverEffect, ...]]:
-    """Prompt chunks, as many as the credit allows; the last row of the last one wants an answer."""
-    sent: list[DriverEffect] = []
+def _first_stage(state: DriverState, event: SuccessorUp | SuccessorLost | HaveReceived | CreditReceived) -> OutEdge:
+    wanted = frozenset() if state.waiting is None else frozenset({state.waiting})
+    match event:
+        case SuccessorUp(begins=True):
+            return outgoing.begin(state.out, state.tree, state.tree, wanted)
+        case SuccessorUp():
+            return outgoing.ask(state.out)
+        case SuccessorLost():
+            return outgoing.lost(state.out)
+        case HaveReceived():
+            return outgoing.resume(state.out, event.have, state.tree, state.tree, wanted)
+        case CreditReceived():
+            return outgoing.refill(state.out, event.bytes)
+
+
+def _prefill(state: DriverState) -> Transition:
+    """What waits, then prompt chunks, as many as the credit allows; the last row of the last one wants an answer."""
+    state, sent = _flushed(state)
     prompt = state.plan.prompt
-    while state.prefilling and state.credit.may_send:
+    while state.prefilling and state.out.status is EdgeStatus.UP and not state.out.waiting and state.out.credit.may_send:
         start = state.tree.committed_tokens
         chunk = prompt[start : start + state.plan.chunk_tokens]
-        last = start + len(chunk) == len(prompt)
-        state, window = _window(state, len(chunk), want_last=last)
-        sent.append(SendWindow(window, chunk, opens=start == 0))
-    return state, tuple(sent)
+        state, more = _send(state, chunk, want_last=start + len(chunk) == len(prompt))
+        sent += more
+    return state, sent
 
 
-def _accept(state: DriverState, answer: Answer) -> tuple[DriverState, tuple[DriverEffect, ...]]:
-    if sum(span.count for span in answer.slots) > len(answer.tokens):
-        raise ProtocolViolation(f"the tail answered with {len(answer.tokens)} tokens for more slots than that")
+def _accept(state: DriverState, answer: Answer) -> Transition:
     slots = [slot for span in answer.slots for slot in span]
-    if not slots and not answer.tokens:
-        return state, ()  # an acknowledgement alone
-    if state.waiting is None or slots != [state.waiting] or len(answer.tokens) != 1:
+    if len(slots) != len(answer.tokens) or len(answer.logprobs) not in (0, len(slots)):
         raise ProtocolViolation(
-            f"the tail answered slots {slots[:8]} with {len(answer.tokens)} tokens; wanted: slot {state.waiting}"
+            f"the tail answered {len(slots)} slots with {len(answer.tokens)} tokens, {len(answer.logprobs)} log-probabilities"
         )
-    token = answer.tokens[0]
+    if answer.next_slot > state.tree.next_slot or any(slot >= state.tree.next_slot for slot in slots):
+        raise ProtocolViolation(f"the tail answered for slots from {state.tree.next_slot} on, which were never sent")
+    state = replace(state, covered=max(state.covered, answer.next_slot))
+    timed: tuple[DriverEffect, ...] = () if answer.timeline is None else (Timed(answer.timeline),)
+    if state.waiting is None or state.waiting not in slots:
+        return state, timed  # an acknowledgement, or an answer that came before and was kept until now
+    place = slots.index(state.waiting)
+    token, logprob = answer.tokens[place], answer.logprobs[place] if answer.logprobs else None
     if not 0 <= token < state.plan.vocab_size:
         raise ProtocolViolation(f"the tail answered with token id {token}, outside the vocabulary of {state.plan.vocab_size}")
     if token in state.plan.end_tokens:
-        return replace(state, finished="stop"), (Finish("stop"),)
+        return replace(state, finished="stop"), (*timed, Finish("stop"))
     state = replace(state, generated=state.generated + 1)
     if state.generated == state.plan.max_tokens:
-        return replace(state, finished="length"), (Emit(token), Finish("length"))
-    state, window = _window(state, 1, want_last=True)
+        return replace(state, finished="length"), (*timed, Emit(token, logprob), Finish("length"))
+    state, sent = _send(state, (token,), want_last=True)
     # The window goes out before the token is shown: the ring's time is the scarce one.
-    return state, (SendWindow(window, (token,)), Emit(token))
+    return state, (*sent, *timed, Emit(token, logprob))
 
 
-def _window(state: DriverState, count: int, *, want_last: bool) -> tuple[DriverState, Window]:
-    """The next ``count`` slots as a path under the root, committed by the window itself."""
-    tree = state.tree
+def _send(state: DriverState, token_ids: tuple[int, ...], *, want_last: bool) -> Transition:
+    """The next slots as a path under the root, committed by the window itself."""
+    tree, count = state.tree, len(token_ids)
     first = tree.next_slot
     run = SlotRun(first, count, tree.root)
     commit = Commit(tree.committed_tokens, (SlotSpan(first, count),))
     last = first + count - 1
-    window = Window(FIRST_EPOCH, (run,), (SlotSpan(last, 1),) if want_last else (), commit)
+    every = state.plan.timeline_every
+    timed = every > 0 and want_last and state.generated % every == 0
+    window = Window(
+        epoch=state.out.epoch,
+        runs=(run,),
+        want=(SlotSpan(last, 1),) if want_last else (),
+        commit=commit,
+        next_slot=first + count,
+        timeline=() if timed else None,
+    )
     tree, _ = tree.add((run,))
     tree, _ = tree.commit(commit)
-    state = replace(state, tree=tree, credit=state.credit.spend(count * TOKEN_BYTES), waiting=last if want_last else None)
-    return state, window
+    return _flushed(
+        replace(
+            state,
+            tree=tree,
+            token_ids=state.token_ids + token_ids,
+            out=outgoing.push(state.out, window, tree),
+            waiting=last if want_last else None,
+        )
+    )
+
+
+def _flushed(state: DriverState) -> Transition:
+    out, windows = outgoing.flush(state.out, state.tree)
+    ids = state.token_ids
+    return replace(state, out=out), tuple(
+        SendWindow(window, tuple(ids[slot] for slot in slots_of(window))) for window in windows
+    )

@@ -5,3 +5,12 @@ MAX_WINDOW_ROWS = 512
 
 MAX_ALIVE_SLOTS = 1024
 """The most slots that are not committed. A prompt chunk commits its own; speculation keeps some hundred in flight."""
+
+MAX_EARLY_WINDOWS = 64
+"""Windows that came before one they build on. Within one line there are none; over several sockets there may be a few."""
+
+MAX_ANSWER_SLOTS = 64
+"""Slots of one answer: with log-probabilities of 20 alternatives it still fits a frame's header."""
+
+MAX_LEASE_S = 600.0
+"""The longest that a lease may go on without a sign of its owner."""

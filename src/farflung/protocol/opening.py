@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from farflung.core.errors import DigestMismatch, FarflungError, MalformedFrame, ProtocolViolation, SessionRefused
 from farflung.core.ids import NodeId, parse_model_digest, parse_node_id, parse_session_id, short
 from farflung.core.messages import OpenText
 from farflung.core.model import LayerRange, ModelSpec
+from farflung.protocol.limits import MAX_LEASE_S
 
 OPEN_CONTEXT = "open/1"
 """Domain of the owner's signature over an ``OpenText``."""
 
-MAX_OPEN_BYTES = 16 * 1024
+MAX_OPEN_BYTES = 32 * 1024
 OPENING_VALID_S = 300.0
 """An opening expires this long after it was signed."""
 
@@ -40,19 +42,17 @@ def decode_open_text(text: bytes) -> OpenText:
     return opened
 
 
-def check_open(
-    text: OpenText, *, me: NodeId, spec: ModelSpec, layers: LayerRange, codecs: frozenset[str], now_unix_s: float
-) -> int:
+def check_open(text: OpenText, codec: str, *, me: NodeId, spec: ModelSpec, layers: LayerRange, codecs: frozenset[str]) -> int:
     """The receiver's place in the route.
 
     Args:
+        codec: of the edge, as its bringer chose it.
         me, spec, layers, codecs: the receiving stage.
-        now_unix_s: its wall clock.
 
     Raises:
-        ProtocolViolation: this stage is not on the route, or with other layers.
+        ProtocolViolation: this stage is not on the route, or with other layers; a codec that the owner does not allow.
         DigestMismatch: another model is meant.
-        SessionRefused: void by its expiry, an unknown codec, a lease out of range.
+        SessionRefused: an unknown codec, a lease out of range.
     """
     if text.digest != spec.digest:
         raise DigestMismatch(
@@ -61,21 +61,33 @@ def check_open(
         )
     if text.route.layers != spec.layers:
         raise ProtocolViolation(f"the route ends at layer {text.route.layers}, the model has {spec.layers}")
-    index = next((i for i, hop in enumerate(text.route.hops) if hop.node_id == me), None)
+    index = text.route.index_of(me)
     if index is None:
         raise ProtocolViolation(f"node {short(me)} is not on the route of session {short(text.session)}")
     if text.route.hops[index].layers != layers:
         raise ProtocolViolation(
             f"the route wants layers {text.route.hops[index].layers} of node {short(me)}, which serves {layers}"
         )
-    if not now_unix_s <= text.expires_unix_s <= now_unix_s + OPENING_VALID_S + CLOCK_SKEW_S:
+    if codecs.isdisjoint(text.codecs):
         raise SessionRefused(
-            f"the opening of session {short(text.session)} expires {text.expires_unix_s - now_unix_s:+.0f} s from now",
-            hint="compare the clocks of the two machines",
+            f"node {short(me)} speaks none of the codecs {', '.join(text.codecs)[:80]!r}",
+            hint=f"it speaks {', '.join(sorted(codecs))}",
         )
-    if text.codec not in codecs:
+    if index > 0:
+        if codec not in text.codecs:
+            raise ProtocolViolation(f"codec {codec[:40]!r} of the edge is none that the owner of the session allows")
+        if codec not in codecs:
+            raise SessionRefused(
+                f"node {short(me)} does not speak codec {codec!r}", hint=f"it speaks {', '.join(sorted(codecs))}"
+            )
+    if not 1.0 <= text.lease_s <= MAX_LEASE_S:
         raise SessionRefused(
-            f"node {short(me)} does not speak codec {text.codec[:40]!r}", hint=f"it speaks {', '.join(sorted(codecs))}"
+            f"a lease of {text.lease_s:.0f} s without a sign of the owner is out of range", hint=f"1 to {MAX_LEASE_S:.0f} s"
+        )
+    if text.prompt_tokens < 1 or text.max_tokens < 1 or text.prompt_tokens + text.max_tokens > text.lease_tokens:
+        raise SessionRefused(
+            f"{text.prompt_tokens} prompt tokens and {text.max_tokens} more do not fit a lease of {text.lease_tokens}",
+            hint="ask for prompt + max_tokens + slots in flight",
         )
     if not 1 <= text.lease_tokens <= spec.context_tokens + 1024:
         raise SessionRefused(
@@ -83,3 +95,20 @@ def check_open(
             hint="ask for prompt + max_tokens",
         )
     return index
+
+
+def check_expiry(text: OpenText, now_unix_s: float) -> None:
+    """For an opening that begins a session here: an old one may not be brought again. Raises SessionRefused."""
+    if not now_unix_s <= text.expires_unix_s <= now_unix_s + OPENING_VALID_S + CLOCK_SKEW_S:
+        raise SessionRefused(
+            f"the opening of session {short(text.session)} expires {text.expires_unix_s - now_unix_s:+.0f} s from now",
+            hint="compare the clocks of the two machines",
+        )
+
+
+def check_newer(text: OpenText, known: OpenText) -> None:
+    """A text for a session that is open already: the same session, about another route. Raises ProtocolViolation."""
+    if replace(text, route=known.route, expires_unix_s=known.expires_unix_s, proof=known.proof) != known:
+        raise ProtocolViolation(f"a later opening of session {short(text.session)} changes more than its route")
+    if text.route.epoch == known.route.epoch and text.route != known.route:
+        raise ProtocolViolation(f"two openings of session {short(text.session)} give different routes for one epoch")

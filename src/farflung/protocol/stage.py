@@ -3,248 +3,218 @@
     (StageState, event) -> (StageState, effects)
 
 Windows come in order from the predecessor, wait in ``queue`` for the compute thread, and leave in the same order towards the
-successor as its credit allows, or from the tail as answers to the owner. A rule that is broken raises ``ProtocolViolation`` or
-``LeaseExceeded``; the caller then ends the session. Rules are numbered in DESIGN.md, "Rules of the protocol".
+successor (``protocol.outgoing``), or from the tail as answers to the owner. Lines may break and come again at any time, to the
+same peer or another: what is held stays held, and each end of an edge finds out what the other lacks. A rule that is broken
+raises ``ProtocolViolation`` or ``LeaseExceeded``; the caller then ends the session. Rules are numbered in DESIGN.md, "Rules of
+the protocol".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from types import MappingProxyType
 
-from msgspec import Struct, field
 from msgspec.structs import replace
 
-from farflung.core.errors import LeaseExceeded, ProtocolViolation
-from farflung.core.ids import SessionId
-from farflung.core.messages import Answer, Window
+from farflung.core.errors import ProtocolViolation
+from farflung.core.messages import Answer, Have, Window
+from farflung.core.sampling import TokenLogprob
 from farflung.core.tree import TokenTree
-from farflung.core.window import SlotRun, spans_of
-from farflung.protocol.credit import ReceiverCredit, SenderCredit
-from farflung.protocol.limits import MAX_ALIVE_SLOTS, MAX_WINDOW_ROWS
+from farflung.core.window import spans_of
+from farflung.protocol import outgoing
+from farflung.protocol.credit import ReceiverCredit
+from farflung.protocol.events import (
+    CreditReceived,
+    Forward,
+    HaveReceived,
+    OwnerAttached,
+    OwnerLost,
+    PredecessorUp,
+    Reply,
+    ReturnCredit,
+    Settled,
+    StageEffect,
+    StageEvent,
+    StepDone,
+    StepStarted,
+    SuccessorLost,
+    SuccessorReplaced,
+    SuccessorUp,
+    TellHave,
+    WindowReceived,
+)
+from farflung.protocol.limits import MAX_ANSWER_SLOTS
+from farflung.protocol.outgoing import OutEdge
+from farflung.protocol.receiving import only, receive
+from farflung.protocol.stage_state import ID_BYTES, KeptAnswer, PendingWindow, StageState
+from farflung.protocol.windows import cut, is_committed_path, keep_rows, slots_of
 
-Payload = bytes | memoryview
-
-
-@dataclass(frozen=True)
-class WindowReceived:
-    """A window from the predecessor with its buffer: token ids at the first stage, coded rows at the others."""
-
-    window: Window
-    payload: Payload
-
-
-@dataclass(frozen=True)
-class StepStarted:
-    """The first waiting window went to the compute thread."""
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """Its result: coded rows for the successor, or sampled tokens at the tail."""
-
-    rows: bytes | None
-    tokens: tuple[int, ...]
-    queue_rows: int
-    step_ms: float
-
-
-@dataclass(frozen=True)
-class CreditReceived:
-    """From the successor."""
-
-    bytes: int
+Transition = tuple[StageState, tuple[StageEffect, ...]]
 
 
-@dataclass(frozen=True)
-class OwnerAttached:
-    """The owner's own line to this stage is up."""
-
-
-@dataclass(frozen=True)
-class Forward:
-    """Send a window to the successor."""
-
-    window: Window
-    payload: Payload
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Send an answer to the owner."""
-
-    answer: Answer
-
-
-@dataclass(frozen=True)
-class ReturnCredit:
-    """Let the predecessor send that many more bytes."""
-
-    bytes: int
-
-
-StageEvent = WindowReceived | StepStarted | StepDone | CreditReceived | OwnerAttached
-StageEffect = Forward | Reply | ReturnCredit
-
-
-@dataclass(frozen=True)
-class PendingWindow:
-    """A window that waits for the compute thread, or is in it.
-
-    Attributes:
-        window, payload: with the slots that were alive when it came, no others.
-        received_bytes: of the payload as it came, for the credit.
-        committed_tokens: committed length with this window's commit.
-        wants_answer: it wanted one as it came; where all wanted slots are dead the acknowledgement still goes out.
-    """
-
-    window: Window
-    payload: Payload
-    received_bytes: int
-    committed_tokens: int
-    wants_answer: bool
-
-
-class StageState(Struct, frozen=True, kw_only=True):
-    """One session at one stage.
-
-    Attributes:
-        session: its id.
-        epoch: of the edge that brings windows.
-        is_first: payloads are token ids, 4 bytes a slot, else coded rows of ``row_bytes``.
-        is_tail: results are tokens.
-        row_bytes: size of one incoming row.
-        lease_tokens: the most committed + alive slots.
-        tree: what was received, dead slots dropped.
-        queue: windows not computed yet, oldest first.
-        computing: the first of them is in the compute thread.
-        outbox: windows computed, waiting for the successor's credit.
-        held_answers: answers waiting for the owner's line (rule 4: the tail never dials a client).
-    """
-
-    session: SessionId
-    epoch: int
-    is_first: bool
-    is_tail: bool
-    row_bytes: int
-    lease_tokens: int
-    owner_attached: bool = False
-    tree: TokenTree = field(default_factory=TokenTree)
-    queue: tuple[PendingWindow, ...] = ()
-    computing: bool = False
-    outbox: tuple[Forward, ...] = ()
-    held_answers: tuple[Answer, ...] = ()
-    sender: SenderCredit = field(default_factory=SenderCredit)
-    receiver: ReceiverCredit = field(default_factory=ReceiverCredit)
-
-    @property
-    def ready(self) -> PendingWindow | None:
-        """The window to compute next: none while one is being computed, or while the successor has not taken the last one's
-        rows - what waits here is bounded by what the predecessor may send, not by what it turns into."""
-        return None if self.computing or self.outbox or not self.queue else self.queue[0]
-
-
-def advance(state: StageState, event: StageEvent) -> tuple[StageState, tuple[StageEffect, ...]]:
+def advance(state: StageState, event: StageEvent) -> Transition:  # noqa: PLR0911 - one per kind of event
     """One transition. Raises ProtocolViolation or LeaseExceeded; the state is then to be thrown away."""
     match event:
         case WindowReceived():
-            return _receive(state, event), ()
+            return _receive(state, event)
         case StepStarted():
-            return replace(state, computing=True), ()
+            return _start(state, event.max_rows), ()
         case StepDone():
-            return _computed(state, event)
-        case CreditReceived():
-            return _flush(replace(state, sender=state.sender.refill(event.bytes)))
+            return _finish(state, event)
+        case PredecessorUp():
+            return _predecessor_up(state, event)
         case OwnerAttached():
-            return replace(state, owner_attached=True, held_answers=()), tuple(map(Reply, state.held_answers))
+            state = replace(state, owner_attached=True)
+            return state, tuple(map(Reply, _kept_answers(state)))
+        case OwnerLost():
+            return replace(state, owner_attached=False), ()
+        case _:
+            return _successor(state, event)
 
 
-def _receive(state: StageState, event: WindowReceived) -> StageState:
-    window, payload = event.window, event.payload
-    if window.epoch != state.epoch:
-        raise ProtocolViolation(f"a window of epoch {window.epoch} came on an edge of epoch {state.epoch}")
-    size = len(payload)
-    if size != window.rows * state.row_bytes:
-        raise ProtocolViolation(
-            f"a window of {window.rows} rows carries {size} bytes, expected {window.rows * state.row_bytes}"
-        )
-    if window.rows > MAX_WINDOW_ROWS:
-        raise ProtocolViolation(f"a window has {window.rows} rows, at most {MAX_WINDOW_ROWS} are allowed")
-    if window.rows > state.lease_tokens:
-        raise LeaseExceeded(f"a window of {window.rows} rows is larger than the lease of {state.lease_tokens} tokens")
-    if sum(span.count for span in window.want) > window.rows:
-        raise ProtocolViolation("a window wants more answers than it has rows")
-    tree, dead = state.tree.add(window.runs)
-    if tree.tokens > state.lease_tokens:
-        raise LeaseExceeded(
-            f"{tree.tokens} tokens would be in use, the lease is {state.lease_tokens}",
-            hint="open the session with a larger lease: prompt + max_tokens + slots in flight",
-        )
-    new_slots = [slot for run in window.runs for slot, _ in run.pairs()]
-    if not set(new_slots).issuperset(slot for span in window.want for slot in span):
-        raise ProtocolViolation("a window wants answers for slots that it does not carry")
-    if window.commit is not None:
-        if window.commit.stop > state.lease_tokens:
-            raise ProtocolViolation(
-                f"a commit up to position {window.commit.stop} is outside the lease of {state.lease_tokens}"
-            )
-        tree, died = tree.commit(window.commit)
-        dead = dead | died
-    if len(tree.alive) > MAX_ALIVE_SLOTS:
-        raise ProtocolViolation(f"{len(tree.alive)} slots are not committed, at most {MAX_ALIVE_SLOTS} are allowed")
-    receiver = state.receiver.receive(size)
-    wants_answer = bool(window.want)
-    if not dead.isdisjoint(new_slots):
-        window, payload = _without(window, payload, dead, state.row_bytes)
-    pending = PendingWindow(window, payload, size, tree.committed_tokens, wants_answer)
-    return replace(state, tree=tree, receiver=receiver, queue=(*state.queue, pending))
+# -- windows in ----------------------------------------------------------------------------------------------------------
 
 
-def _without(window: Window, payload: Payload, dead: frozenset[int], row_bytes: int) -> tuple[Window, bytes]:
-    """The window without its dead slots (rule 1): even with none left it travels on as a header."""
-    pairs = [pair for run in window.runs for pair in run.pairs()]
-    kept = [row for row, (slot, _) in enumerate(pairs) if slot not in dead]
-    runs: list[SlotRun] = []
-    for row in kept:
-        slot, parent = pairs[row]
-        last = runs[-1] if runs else None
-        if last is not None and last.first + last.count == slot and parent == slot - 1:
-            runs[-1] = SlotRun(last.first, last.count + 1, last.parent)
-        else:
-            runs.append(SlotRun(slot, 1, parent))
-    want = spans_of(slot for span in window.want for slot in span if slot not in dead)
-    rows = b"".join(bytes(payload[row * row_bytes : (row + 1) * row_bytes]) for row in kept)
-    return Window(window.epoch, tuple(runs), want, window.commit), rows
+def _receive(state: StageState, event: WindowReceived) -> Transition:
+    state, repeated = receive(state, event)
+    known = [slot for slot in repeated if slot in state.answers]
+    if known and state.owner_attached:
+        return state, tuple(map(Reply, _answers_of(state, known)))
+    return state, ()
 
 
-def _computed(state: StageState, event: StepDone) -> tuple[StageState, tuple[StageEffect, ...]]:
+def _predecessor_up(state: StageState, event: PredecessorUp) -> Transition:
+    queued = sum(pending.credit_bytes for pending in state.queue)
+    state = replace(state, epoch=event.epoch, early=(), receiver=ReceiverCredit.resumed(queued))
+    if not event.asks_have:
+        return state, ()
+    have = Have(state.epoch, state.tree.committed_tokens, spans_of(state.tree.alive), state.receiver.left)
+    return state, (TellHave(have),)
+
+
+# -- computing -----------------------------------------------------------------------------------------------------------
+
+
+def _start(state: StageState, max_rows: int) -> StageState:
+    """The oldest window goes to the compute thread: without what has died since it came; of a long one its first part."""
     pending, *rest = state.queue
-    receiver, returned = state.receiver.computed(pending.received_bytes)
-    state = replace(state, queue=tuple(rest), computing=False, receiver=receiver)
+    window, places = keep_rows(pending.window, state.tree.holds)
+    if places is not None:
+        event = only(state, WindowReceived(pending.window, pending.payload, pending.ids), window, places)
+        pending = PendingWindow(window, event.payload, event.ids, pending.tree, pending.credit_bytes)
+    if window.rows > max_rows and is_committed_path(window):
+        parts = _cut(state, pending, max(1, max_rows))
+        return replace(state, computing=True, queue=(*parts, *rest))
+    return replace(state, computing=True, queue=(pending, *rest))
+
+
+def _cut(state: StageState, pending: PendingWindow, rows: int) -> Iterator[PendingWindow]:
+    first, second = cut(pending.window, rows)
+    size, id_size = rows * state.row_bytes, rows * ID_BYTES * state.has_ids
+    tree, _ = state.computed.add(first.runs)
+    if first.commit is not None:
+        tree, _ = tree.commit(first.commit)
+    yield PendingWindow(first, pending.payload[:size], pending.ids[:id_size], tree, size + id_size)
+    rest = pending.credit_bytes - size - id_size
+    yield PendingWindow(second, pending.payload[size:], pending.ids[id_size:], pending.tree, rest)
+
+
+def _finish(state: StageState, event: StepDone) -> Transition:
+    pending, *rest = state.queue
+    window = pending.window
+    receiver, returned = state.receiver.computed(pending.credit_bytes)
+    settled = _settled(state.computed, pending)
+    if event.time is not None and window.timeline is not None:
+        window = replace(window, timeline=(*window.timeline, event.time))
+    state = replace(state, queue=tuple(rest), computing=False, receiver=receiver, computed=pending.tree)
     effects: tuple[StageEffect, ...] = (ReturnCredit(returned),) if returned else ()
-    if not state.is_tail:
-        state = replace(state, outbox=(*state.outbox, Forward(pending.window, event.rows or b"")))
-        state, sent = _flush(state)
+    if settled is not None:
+        effects = (settled, *effects)
+    if state.out is not None:
+        state, sent = _flushed(replace(state, out=outgoing.push(state.out, window, state.computed)))
         return state, (*sent, *effects)
-    if not pending.wants_answer:
+    slots = [slot for span in window.want for slot in span]
+    logprobs: tuple[TokenLogprob | None, ...] = event.logprobs or (None,) * len(slots)
+    answers = dict(state.answers)
+    answers.update(zip(slots, map(KeptAnswer, event.tokens, logprobs), strict=True))
+    tree = state.tree
+    kept = {slot: answer for slot, answer in answers.items() if slot == tree.root or slot in tree.alive}
+    fresh = replace(state, answers=MappingProxyType(answers))
+    state = replace(state, answers=MappingProxyType(kept))
+    if not state.owner_attached or (window.rows and not slots):
         return state, effects  # a prompt chunk: nobody waits for its acknowledgement
-    answer = Answer(
-        slots=pending.window.want,
-        tokens=event.tokens,
-        committed_tokens=pending.committed_tokens,
-        queue_rows=event.queue_rows,
-        stage_ms=event.step_ms,
-    )
-    if state.owner_attached:
-        return state, (Reply(answer), *effects)
-    return replace(state, held_answers=(*state.held_answers, answer)), effects
+    return state, (*map(Reply, _answers_of(fresh, slots, window, event.queue_rows)), *effects)
 
 
-def _flush(state: StageState) -> tuple[StageState, tuple[StageEffect, ...]]:
-    """Everything in the outbox that the successor's credit allows, in order."""
-    sent: list[Forward] = []
-    sender = state.sender
-    while len(sent) < len(state.outbox) and sender.may_send:
-        forward = state.outbox[len(sent)]
-        sender = sender.spend(len(forward.payload))
-        sent.append(forward)
-    return replace(state, outbox=state.outbox[len(sent) :], sender=sender), tuple(sent)
+def _settled(before: TokenTree, pending: PendingWindow) -> Settled | None:
+    after, start = pending.tree, before.committed_tokens
+    if after.committed_tokens == start:
+        return None
+    slots = tuple(slot for span in _tail_of(after, start) for slot in span)
+    came = {*before.alive, *slots_of(pending.window)}
+    return Settled(start, slots, frozenset(came.difference(after.alive, slots)))
+
+
+def _tail_of(tree: TokenTree, start: int) -> Iterator[range]:
+    """Slots of the committed positions from ``start`` on, found from the end: a commit is short, the path long."""
+    left = tree.committed_tokens - start
+    found: list[range] = []
+    for span in reversed(tree.committed):
+        count = min(left, span.count)
+        found.append(range(span.first + span.count - count, span.first + span.count))
+        left -= count
+        if not left:
+            break
+    return reversed(found)
+
+
+def _answers_of(state: StageState, slots: list[int], window: Window | None = None, queue_rows: int = 0) -> Iterator[Answer]:
+    """The kept answers for ``slots``, in messages of bounded size; one without slots is an acknowledgement."""
+    for start in range(0, max(1, len(slots)), MAX_ANSWER_SLOTS):
+        some = slots[start : start + MAX_ANSWER_SLOTS]
+        answers = [state.answers[slot] for slot in some]
+        yield Answer(
+            slots=spans_of(some),
+            tokens=tuple(answer.token for answer in answers),
+            committed_tokens=state.computed.committed_tokens,
+            next_slot=state.computed.next_slot if window is None else max(window.next_slot, state.computed.next_slot),
+            queue_rows=queue_rows,
+            logprobs=tuple(answer.logprob for answer in answers if answer.logprob is not None),
+            timeline=None if window is None else window.timeline,
+        )
+
+
+def _kept_answers(state: StageState) -> Iterator[Answer]:
+    """What the owner may have missed while it had no line."""
+    if state.is_tail and state.computed.next_slot:
+        yield from _answers_of(state, sorted(state.answers))
+
+
+# -- windows out ---------------------------------------------------------------------------------------------------------
+
+
+def _successor(state: StageState, event: StageEvent) -> Transition:
+    out = state.out
+    if out is None:
+        raise ProtocolViolation("the tail has no successor")
+    match event:
+        case SuccessorUp(begins=True):
+            out = outgoing.begin(out, state.computed, state.tree, state.wanted)
+        case SuccessorUp():
+            out = outgoing.ask(out)
+        case SuccessorLost():
+            out = outgoing.lost(out)
+        case SuccessorReplaced():
+            out = OutEdge(epoch=event.epoch, row_bytes=out.row_bytes)
+        case HaveReceived():
+            out = outgoing.resume(out, event.have, state.computed, state.tree, state.wanted)
+        case CreditReceived():
+            out = outgoing.refill(out, event.bytes)
+    return _flushed(replace(state, out=out))
+
+
+def _flushed(state: StageState) -> Transition:
+    if state.out is None:
+        return state, ()
+    out, windows = outgoing.flush(state.out, state.tree)
+    return replace(state, out=out), tuple(map(Forward, windows))
