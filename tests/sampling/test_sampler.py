@@ -174,8 +174,8 @@ def test_no_rows_give_no_tokens() -> None:
 
 
 def test_an_option_that_is_not_known_here_is_refused_and_not_ignored() -> None:
-    newer = msgspec.msgpack.encode({"temperature": 0.7, "min_p": 0.1})
-    with pytest.raises(msgspec.ValidationError, match="min_p"):
+    newer = msgspec.msgpack.encode({"temperature": 0.7, "typical_p": 0.1})
+    with pytest.raises(msgspec.ValidationError, match="typical_p"):
         msgspec.msgpack.decode(newer, type=SamplingOptions)
     known = SamplingOptions(temperature=0.7, seed=3)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(known), type=SamplingOptions) == known

@@ -1,0 +1,44 @@
+"""Bias and penalties: a row of logits as the options want it, before the temperature.
+
+Each step is one IEEE operation in float32 per token, in a fixed order, so every machine gets the same bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farflung.core.sampling import SamplingOptions
+from farflung.sampling.history import Counts
+
+
+def adjust(row: NDArray[np.float32], options: SamplingOptions, counts: Counts | None) -> NDArray[np.float32]:
+    """Logit bias, then repetition, then frequency, then presence (vLLM's order); the row itself where nothing changes it.
+
+    Args:
+        row: float32 [vocab].
+        options: of the session.
+        counts: of the text before the token; needed where ``options.needs_history``.
+    """
+    penalised = options.needs_history and counts is not None and len(counts.ids) > 0
+    if not options.logit_bias and not penalised:
+        return row
+    found = row.copy()
+    for token, bias in options.logit_bias:
+        found[token] += np.float32(bias)
+    if penalised and counts is not None:
+        _penalise(found, options, counts)
+    return found
+
+
+def _penalise(row: NDArray[np.float32], options: SamplingOptions, counts: Counts) -> None:
+    logits = row[counts.ids]
+    with np.errstate(over="ignore"):  # to an infinity, which is refused by name later
+        if options.repetition_penalty != 1.0:
+            by = np.float32(options.repetition_penalty)
+            logits = np.where(counts.in_text > 0, np.where(logits > 0, logits / by, logits * by), logits)
+        if options.frequency_penalty != 0.0:
+            logits = logits - np.float32(options.frequency_penalty) * counts.in_output.astype(np.float32)
+        if options.presence_penalty != 0.0:
+            logits = logits - np.float32(options.presence_penalty) * (counts.in_output > 0).astype(np.float32)
+    row[counts.ids] = logits

@@ -1,0 +1,33 @@
+"""Log-probabilities of sampled tokens and of the likeliest ones beside them; see ``TokenLogprob`` for which logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farflung.core.sampling import TokenLogprob
+from farflung.sampling.truncate import likeliest, scale
+
+
+def log_probabilities(logits: NDArray[np.float32], tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
+    """One for each row.
+
+    Args:
+        logits: float32 [n, vocab] as the model gave them, the greatest of each row finite.
+        tokens: the token sampled in each row.
+        top: how many alternatives, 0 or more.
+    """
+    return tuple(_of_row(row, token, top) for row, token in zip(logits, tokens, strict=True))
+
+
+def _of_row(row: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+    greatest = float(row.max())
+    scaled = scale(row, greatest, 1.0)
+    log_sum = float(np.log(np.exp(scaled).sum()))
+    ids = likeliest(row, top) if top else np.arange(0)
+    return TokenLogprob(
+        float(scaled[token]) - log_sum,
+        tuple((int(index), float(scaled[index]) - log_sum) for index in ids if np.isfinite(row[index])),
+    )
