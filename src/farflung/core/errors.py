@@ -35,6 +35,7 @@
         │   └── NotAdmitted         no swarm key, another one, or not on the list of drivers
         ├── StageLost               a node of the route is gone
         ├── StageFailed             a node of the route reported a fault
+        ├── LogEvicted              rows asked for again are no longer in a stage's log
         ├── DeadlineExceeded        a wait ended before its answer came
         └── Cancelled               ended by the caller or the owner
 
@@ -171,6 +172,9 @@ class StageLost(SessionError): ...
 
 
 class StageFailed(SessionError): ...
+
+
+class LogEvicted(SessionError): ...
 
 
 class DeadlineExceeded(SessionError): ...
