@@ -113,18 +113,19 @@ class RowLog:
             raise Cancelled(f"session {short(self.session)} is over and its log is closed")
         if not count:
             return
-        if not self._row_bytes:
-            self._row_bytes, self._id_bytes = len(rows) // count, ID_BYTES if ids else 0
-        ids = ids or b""
-        if len(rows) != count * self._row_bytes or len(ids) != count * self._id_bytes or not self._row_bytes:
+        rows, ids = bytes(rows), ids or b""
+        row_bytes = self._row_bytes or len(rows) // count
+        id_bytes = self._id_bytes if self._row_bytes else ID_BYTES * bool(ids)
+        if not rows or len(rows) != count * row_bytes or len(ids) != count * id_bytes:
             raise ProtocolViolation(
                 f"{count} rows came with {len(rows)} bytes and {len(ids)} bytes of ids; "
-                f"the log has rows of {self._row_bytes} + {self._id_bytes}"
+                f"the log has rows of {row_bytes} + {id_bytes} bytes"
             )
         at = _places(slots)
         if len(at) != count or not self._index.keys().isdisjoint(at):
             raise ProtocolViolation(f"slots {slots[0]}..{slots[-1]} of session {short(self.session)} were logged twice")
-        chunk = _Chunk(at, bytes(rows), ids, None)
+        self._row_bytes, self._id_bytes = row_bytes, id_bytes
+        chunk = _Chunk(at, rows, ids, None)
         for slot in at:
             self._index[slot] = chunk
         self._grow(chunk.memory)
