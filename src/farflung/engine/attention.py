@@ -12,14 +12,15 @@ the causal triangle as a mask no slower than ``is_causal``. So one masked call p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from farflung.engine.kv_pool import NewRows, SessionCells
-from farflung.engine.kv_tensors import KvShape, KvTensors
+from farflung.engine.kv_tensors import KvTensors
+from farflung.engine.masks import register_rules
 
 ATTENTION = "farflung"
 FOLD_ROWS = 32
@@ -71,6 +72,29 @@ class Keys(NamedTuple):
     low: int
     high: int
     mask: torch.Tensor | None
+
+
+class AttentionCall(NamedTuple):
+    """One call of a layer, as transformers makes it: query, key and value are [1, heads, rows, width].
+
+    Attributes:
+        others: further keywords.
+    """
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scores: Scores
+    mask: Any
+    others: dict[str, Any]
+
+
+class Watcher(Protocol):
+    """What learns and tries a recipe, in the place of ``StepAttention``."""
+
+    def watch(self, call: AttentionCall) -> torch.Tensor:
+        """[1, rows, heads, width]."""
 
 
 class Segment:
@@ -131,18 +155,6 @@ class StepAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-class ProbeAttention:
-    """Stands in for ``StepAttention`` in one tiny forward that finds out the shapes of keys and values."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, KvShape] = {}
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores) -> torch.Tensor:
-        del scores
-        self.shapes[layer] = KvShape(key.shape[1], key.shape[3], value.shape[3])
-        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
-
-
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
@@ -199,16 +211,19 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    farflung: StepAttention | ProbeAttention,
+    farflung: StepAttention | Watcher,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer; ``farflung`` is the keyword that the layer was handed."""
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if not isinstance(farflung, StepAttention):
+        return farflung.watch(AttentionCall(module, query, key, value, scores, attention_mask, others)), None
     return farflung.attend(module.layer_idx, query, key, value, scores), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
+register_rules(ATTENTION)

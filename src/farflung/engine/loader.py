@@ -20,7 +20,7 @@ from farflung.core.model import LayerRange
 from farflung.engine.attention import ATTENTION
 from farflung.engine.manifest import ModelManifest
 from farflung.engine.skeleton import Anatomy, Config, Skeleton, anatomy, build_skeleton, layer_count, slice_config
-from farflung.engine.source import ModelSource, Progress, StoredTensor
+from farflung.engine.source import ModelSource, Progress, Stored
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,13 @@ class _Filling:
             setattr(self.model.get_submodule(place), last, loaded[origin])
         self._tell(total, total)
 
-    def _origin(self, name: str, origin: str, stored: Mapping[str, StoredTensor]) -> str:
+    def _origin(self, name: str, origin: str, stored: Mapping[str, Stored]) -> str:
         """As transformers does: a parameter that the configuration ties but the file holds with other values is not tied."""
         if name == origin or name not in stored or origin not in stored:
             return origin
-        return origin if stored[name].leaf().hash == stored[origin].leaf().hash else name
+        return origin if _hashes(stored[name]) == _hashes(stored[origin]) else name
 
-    def _read(self, name: str, stored: StoredTensor) -> nn.Parameter | torch.Tensor:
+    def _read(self, name: str, stored: Stored) -> nn.Parameter | torch.Tensor:
         place, _, last = name.rpartition(".")
         empty = getattr(self.model.get_submodule(place), last)
         kept = any(part in self.model._keep_in_fp32_modules_strict for part in name.split("."))
@@ -173,6 +173,10 @@ class _Filling:
     def _tell(self, done: int, total: int) -> None:
         if self.progress:
             self.progress("loading", done, total)
+
+
+def _hashes(stored: Stored) -> list[str]:
+    return [leaf.hash for leaf in stored.leaves()]
 
 
 def _fill_buffers(model: Skeleton, parts: Anatomy, layers: LayerRange) -> None:

@@ -5,7 +5,6 @@ The same code reads a folder and a hub repository; they differ in how a file nam
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,10 +15,11 @@ import torch
 from blake3 import blake3
 
 from farflung.core.errors import CorruptWeights, ModelError, NotAModel, UnsupportedModel
+from farflung.engine.conversion import parameter_origins
 from farflung.engine.manifest import CONFIG, TOKENIZER, Leaf, ModelManifest
 from farflung.engine.safetensors_file import read_header
 from farflung.engine.skeleton import Config, Skeleton, refuse_absurd, understood
-from farflung.engine.source import ModelSource, Progress, SourceKind, StoredTensor
+from farflung.engine.source import ModelSource, Progress, SourceKind, Stored, StoredTensor
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -127,13 +127,13 @@ class SafetensorsSource(ModelSource):
         ids = found if isinstance(found, list) else [found]
         return tuple(sorted({value for value in ids if isinstance(value, int)}))
 
-    def tensors(self, skeleton: Skeleton, wanted: Collection[str] | None = None) -> Mapping[str, StoredTensor]:
-        stored_names = self._parameter_names(skeleton)
-        found: dict[str, StoredTensor] = {}
-        for parameter, stored in stored_names.items():
-            if wanted is None or parameter in wanted:
-                found[parameter] = self._headers(self._shard_of[stored])[stored]
-        return found
+    def tensors(self, skeleton: Skeleton, wanted: Collection[str] | None = None) -> Mapping[str, Stored]:
+        found = parameter_origins(skeleton, self._shard_of, self.name)
+        return {
+            parameter: origin.stored(lambda name: self._headers(self._shard_of[name])[name])
+            for parameter, origin in found.items()
+            if wanted is None or parameter in wanted
+        }
 
     def decode(self, tensor: StoredTensor, source_bytes: bytearray, dtype: torch.dtype | None) -> torch.Tensor:
         kind = _TORCH.get(tensor.dtype)
@@ -228,33 +228,6 @@ class SafetensorsSource(ModelSource):
                     raise CorruptWeights(f"{path} lacks {len(lost)} tensors that the index promises, the first is {lost[0]!r}")
             self._header_cache[shard] = found
         return self._header_cache[shard]
-
-    def _parameter_names(self, skeleton: Skeleton) -> dict[str, str]:
-        """Stored name of each parameter, by transformers' own rules for renamed checkpoints.
-
-        A parameter that must be put together from several stored ones (fused experts) is refused, not guessed.
-        """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-
-        rules = get_model_conversion_mapping(skeleton)
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-        expected = skeleton.state_dict()
-        ignored = [re.compile(text) for text in (*skeleton._keys_to_ignore_on_load_unexpected, r"rotary_emb\.inv_freq$")]
-        found: dict[str, str] = {}
-        for stored in self._shard_of:
-            name, converted = rename_source_key(stored, renamings, converters, skeleton.base_model_prefix, expected)
-            if converted is not None:
-                raise UnsupportedModel(
-                    f"{self.name}: tensor {stored!r} of family {skeleton.config.model_type!r} must be converted to become "
-                    f"{name!r}, which is not done here yet"
-                )
-            if name in expected:
-                found[name] = stored
-            elif not any(pattern.search(name) for pattern in ignored):
-                raise UnsupportedModel(f"{self.name}: tensor {stored!r} has no place in {type(skeleton).__name__}")
-        return found
 
 
 class _Index(msgspec.Struct):

@@ -8,7 +8,7 @@ needs is the loader's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +49,10 @@ class StoredTensor:
     offset: int
     nbytes: int
 
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Its one leaf, as other ``Stored`` have several."""
+        return (self.leaf(),)
+
     def read_bytes(self) -> bytearray:
         """The source bytes. Raises CorruptWeights where the file ends before them."""
         buffer = bytearray(self.nbytes)
@@ -72,6 +76,33 @@ class StoredTensor:
         data = self.read_bytes() if source_bytes is None else source_bytes
         hasher = blake3(max_threads=blake3.AUTO)
         return Leaf(TENSOR, self.name, self.dtype, self.shape, hasher.update(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A parameter that is put together from several stored tensors, or is a part of one (fused experts, fused q, k and v).
+
+    Attributes:
+        parts: what is read, in order.
+        make: the parameter from the values of ``parts``.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    make: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.parts[0].name if len(self.parts) == 1 else f"{self.parts[0].name} and {len(self.parts) - 1} more"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(part.leaf() for part in self.parts)
+
+
+Stored = StoredTensor | Assembled
 
 
 class ModelSource(ABC):
@@ -105,7 +136,7 @@ class ModelSource(ABC):
         """Tokens that end a text."""
 
     @abstractmethod
-    def tensors(self, skeleton: Skeleton, wanted: Collection[str] | None = None) -> Mapping[str, StoredTensor]:
+    def tensors(self, skeleton: Skeleton, wanted: Collection[str] | None = None) -> Mapping[str, Stored]:
         """Which stored tensor holds each parameter of ``skeleton``, by parameter name; only those of ``wanted`` where given
         (a hub source then fetches only the shards that hold them). A parameter that is not stored has no entry.
 
@@ -129,13 +160,13 @@ class ModelSource(ABC):
     def files(self) -> Collection[Path]:
         """Every file that counts for the manifest."""
 
-    def read(
-        self, tensor: StoredTensor, dtype: torch.dtype | None = None, *, against: ModelManifest | None = None
-    ) -> torch.Tensor:
+    def read(self, tensor: Stored, dtype: torch.dtype | None = None, *, against: ModelManifest | None = None) -> torch.Tensor:
         """Reads one tensor, and nothing else; with ``against``, checks that its bytes are those of the manifest.
 
         Raises CorruptWeights, naming the tensor.
         """
+        if isinstance(tensor, Assembled):
+            return tensor.make([self.read(part, dtype, against=against) for part in tensor.parts])
         source_bytes = tensor.read_bytes()
         if against is not None:
             against.check(tensor.leaf(source_bytes))
