@@ -14,7 +14,9 @@ from farflung.core.errors import StageLost, first_cause
 from farflung.core.ids import NodeId, short
 from farflung.engine.backend import StageBackend
 from farflung.identity.keys import Identity
+from farflung.node.admission import Admission
 from farflung.node.compute import ComputeConfig, compute_forever
+from farflung.node.quotas import Quotas
 from farflung.node.stage_session import StageSession
 from farflung.node.table import SessionTable, TableConfig
 from farflung.swarm.announcer import Announcer, AnnouncerConfig
@@ -41,6 +43,8 @@ class NodeConfig:
         drain_timeout_s: how long running sessions may go on after ``drain`` began.
         find_timeout_s: how long to look for the address of a next hop.
         dial_timeout_s: how long to find and dial it in all.
+        admission: whose sessions it takes.
+        quotas: how much of it one driver may have.
     """
 
     listen: str = "127.0.0.1:0"
@@ -51,6 +55,8 @@ class NodeConfig:
     drain_timeout_s: float = 30.0
     find_timeout_s: float = 2.0
     dial_timeout_s: float = 2.5
+    admission: Admission = field(default_factory=Admission)
+    quotas: Quotas = field(default_factory=Quotas)
     table: TableConfig = field(default_factory=TableConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
@@ -82,6 +88,7 @@ class Node:
     def __init__(self, config: NodeConfig, ports: NodePorts) -> None:
         self._config = config
         self._ports = ports
+        self._admission = config.admission
         backend = ports.backend
         self._pool = LinkPool(ports.transport, self._addresses_of, self._on_new_line, dial_timeout_s=config.dial_timeout_s)
         self._table = SessionTable(config.table, self.node_id, backend, self._pool, clock=ports.clock, connect=self._connect)
@@ -112,6 +119,10 @@ class Node:
     def table(self) -> SessionTable:
         """Its sessions, for status and tests."""
         return self._table
+
+    def admit(self, admission: Admission) -> None:
+        """Judges openings by it from now on; sessions that are open go on."""
+        self._admission = admission
 
     async def start(self) -> None:
         """Listens, and announces this node once. Raises AddressInUse, DirectoryUnreachable, RecordRefused."""

@@ -18,6 +18,7 @@ from farflung.core.model import ModelSpec
 from farflung.core.route import Route
 from farflung.engine.open_model import open_source
 from farflung.identity.keys import Identity
+from farflung.identity.swarm_key import SwarmKey
 from farflung.planning.routes import RouteOptions, choose_route
 from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generation
 from farflung.protocol.opening import OPENING_VALID_S
@@ -47,6 +48,7 @@ class DriverPorts:
         directory: who serves what.
         clock: wall clock, seconds since 1970.
         random_bytes: for session ids.
+        swarm_key: of the private swarm, which every opening proves.
     """
 
     identity: Identity
@@ -54,6 +56,7 @@ class DriverPorts:
     directory: Directory
     clock: Callable[[], float]
     random_bytes: Callable[[int], bytes]
+    swarm_key: SwarmKey | None = None
 
 
 class Swarm:
@@ -88,11 +91,18 @@ class Swarm:
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, directory_url: str, model: str, *, identity: Identity | None = None, link: LinkConfig | None = None
+        cls,
+        directory_url: str,
+        model: str,
+        *,
+        identity: Identity | None = None,
+        swarm_key: SwarmKey | None = None,
+        link: LinkConfig | None = None,
     ) -> AsyncGenerator[Self, None]:
         """A swarm for ``model`` (hub id, folder, ``.gguf`` file or catalogue name), found through a directory.
 
         The model's files are needed here for its tokenizer and digest. Without ``identity`` a fresh key is used.
+        ``swarm_key`` is that of a private swarm, e.g. ``SwarmKey.read(Path("swarm.key"))``.
         Raises ModelError, DirectoryUnreachable.
         """
         source = open_source(model)
@@ -100,14 +110,19 @@ class Swarm:
         path, arguments = source.tokenizer_arguments()
         tokenizer = Tokenizer(path, arguments)
         identity = identity or Identity.generate()
-        transport = TcpTransport(identity, link or LinkConfig())
+        transport = TcpTransport(identity, link or LinkConfig(), swarm_key=swarm_key)
         directory = HttpDirectory(
             HttpDirectoryConfig(url=directory_url),
             wall_clock=time.time,
             random=Random(secrets.randbits(64)),  # noqa: S311 - jitter
         )
         ports = DriverPorts(
-            identity=identity, transport=transport, directory=directory, clock=time.time, random_bytes=secrets.token_bytes
+            identity=identity,
+            transport=transport,
+            directory=directory,
+            clock=time.time,
+            random_bytes=secrets.token_bytes,
+            swarm_key=swarm_key,
         )
         async with aclosing(directory), cls(spec, tokenizer, ports, directory_url=directory_url) as swarm:
             yield swarm
@@ -200,16 +215,19 @@ class Swarm:
 
     def _opening(self, plan: GenerationPlan, options: GenerateOptions) -> Callable[[frozenset[NodeId]], Awaitable[OpenText]]:
         async def opening(avoid: frozenset[NodeId]) -> OpenText:
+            owner, session = self._ports.identity.node_id, SessionId(self._ports.random_bytes(16).hex())
+            expires_unix_s, key = self._ports.clock() + OPENING_VALID_S, self._ports.swarm_key
             return OpenText(
-                session=SessionId(self._ports.random_bytes(16).hex()),
-                owner=self._ports.identity.node_id,
+                session=session,
+                owner=owner,
                 route=await self.route(plan.lease_tokens, avoid),
                 epoch=FIRST_EPOCH,
                 lease_tokens=plan.lease_tokens,
-                expires_unix_s=self._ports.clock() + OPENING_VALID_S,
+                expires_unix_s=expires_unix_s,
                 digest=self.spec.digest,
                 codec=options.codec,
                 sampling=options.sampling,
+                proof=b"" if key is None else key.open_proof(owner, session, expires_unix_s),
             )
 
         return opening
