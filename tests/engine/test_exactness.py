@@ -16,9 +16,9 @@ from farflung.core.ids import SessionId
 from farflung.core.model import LayerRange
 from farflung.core.sampling import SamplingOptions
 from farflung.core.window import NO_SLOT, Commit, SlotRun, spans_of
-from farflung.engine.attention import BLOCK_ROWS
 from farflung.engine.backend import SessionSpec, StageWork
 from farflung.engine.safetensors_source import SafetensorsSource
+from farflung.engine.segments import BLOCK_ROWS
 from farflung.engine.torch_backend import BackendConfig, TorchBackend, load_backend
 
 TOLERANCE = 1e-5

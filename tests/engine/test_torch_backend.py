@@ -17,13 +17,14 @@ from farflung.core.ids import SessionId
 from farflung.core.model import LayerRange
 from farflung.core.sampling import SamplingOptions
 from farflung.core.window import Commit, SlotRun, spans_of
-from farflung.engine.attention import ATTENTION, BLOCK_ROWS, MASK_CELLS, max_rows
+from farflung.engine.attention import ATTENTION
 from farflung.engine.backend import SessionSpec, StageResult, StageWork
 from farflung.engine.bench import StageBenchConfig, bench_stage
 from farflung.engine.compute import ComputeThread
 from farflung.engine.linear import BlockedLinear, PackedLinear, block_linears, pack_linears
 from farflung.engine.loader import load_stage
 from farflung.engine.safetensors_source import SafetensorsSource
+from farflung.engine.segments import BLOCK_ROWS, MASK_CELLS, max_rows
 from farflung.engine.t_curve import measure_t_curve
 from farflung.engine.torch_backend import HEAD_ROWS, BackendConfig, TorchBackend, load_backend
 from farflung.sampling.sampler import sample_rows

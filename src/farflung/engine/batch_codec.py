@@ -70,7 +70,8 @@ def encode_each(names: Sequence[str], rows: Sequence[torch.Tensor]) -> list[byte
 
 def _decode(name: str, width: int, dtype: torch.dtype, given: Sequence[tuple[Buffer, int]]) -> Sequence[torch.Tensor]:
     joined = given[0][0] if len(given) == 1 else b"".join([buffer for buffer, _ in given])
-    return codec.decode(name, joined, width, dtype=dtype).split([count for _, count in given])
+    parts: Sequence[torch.Tensor] = codec.decode(name, joined, width, dtype=dtype).split([count for _, count in given])
+    return parts
 
 
 def _encode(name: str, rows: Sequence[torch.Tensor]) -> Sequence[bytes]:

@@ -20,7 +20,8 @@ class KvShape:
 class KvTensors:
     """[1, heads, cells, width] by layer, the shape that attention takes.
 
-    Zeroed, not just allocated: a masked cell still meets a weight of 0, and 0 x NaN would spoil the sum.
+    Finite throughout: a masked cell still meets a weight of 0, and 0 x NaN would spoil the sum. So they are zeroed, not just
+    allocated, and cleared after a session whose rows were perhaps not finite.
     """
 
     def __init__(self, shapes: Mapping[int, KvShape], tokens: int, dtype: torch.dtype) -> None:
@@ -30,3 +31,9 @@ class KvTensors:
         for layer, shape in shapes.items():
             self.keys[layer] = torch.zeros((1, shape.heads, tokens, shape.key_width), dtype=dtype)
             self.values[layer] = torch.zeros((1, shape.heads, tokens, shape.value_width), dtype=dtype)
+
+    def clear(self, start: int, count: int) -> None:
+        """Zeroes cells of all layers."""
+        for layer in self.keys:
+            self.keys[layer][:, :, start : start + count].zero_()
+            self.values[layer][:, :, start : start + count].zero_()

@@ -18,7 +18,7 @@ import torch
 from farflung.core.errors import FarflungError, MalformedFrame, ProtocolViolation, SessionRefused, StageFailed
 from farflung.core.ids import ModelDigest, SessionId, short
 from farflung.core.model import LayerRange, ModelSpec
-from farflung.engine.attention import BLOCK_ROWS, Segment, StepAttention, max_rows
+from farflung.engine.attention import StepAttention
 from farflung.engine.backend import SessionSpec, StageResult, StageWork, StepReport
 from farflung.engine.batch_codec import decode_each, encode_each
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
@@ -27,6 +27,7 @@ from farflung.engine.kv_tensors import KvTensors
 from farflung.engine.linear import block_linears, pack_linears
 from farflung.engine.loader import StageModule, load_stage
 from farflung.engine.recipe import learn_recipe
+from farflung.engine.segments import BLOCK_ROWS, PassPlan, Segment, max_rows
 from farflung.engine.source import ModelSource, Progress
 from farflung.sampling.sampler import sample_rows
 from farflung.wire.codec import codec as codec_named
@@ -202,7 +203,10 @@ class TorchBackend:
             for part in parts:
                 if not part.rows.slots:
                     results[part.index] = StageResult(session=part.work.session, rows=None if self._is_last else b"")
-            filled = [part for part in parts if part.rows.slots]
+            # Short windows first, in the order of the pool: so those that share a call of attention are neighbours.
+            filled = sorted(
+                (part for part in parts if part.rows.slots), key=lambda part: (len(part.rows.slots), part.session.base)
+            )
             if filled:
                 try:
                     with self._memory_checked():
@@ -214,7 +218,15 @@ class TorchBackend:
                 else:
                     for part, result in zip(filled, finished, strict=True):
                         results[part.index] = result
+            self._clear_failed(parts, results)
         return StepReport(tuple(result for result in results if result is not None), self._compute.clock() - started)
+
+    def _clear_failed(self, parts: Sequence[_Part], results: Sequence[StageResult | None]) -> None:
+        """What a failed window wrote may not be finite; see ``KvTensors``."""
+        for part in parts:
+            result = results[part.index]
+            if result is not None and result.error is not None:
+                self._kv.clear(part.session.base, part.session.cells.size)
 
     def _read(
         self, work: Sequence[StageWork], sessions: Sequence[_Session | None]
@@ -258,7 +270,7 @@ class TorchBackend:
         cells = torch.from_numpy(np.concatenate([piece.rows.cells + piece.session.base for piece in pieces]))
         packed = pieces[0].input[None] if len(pieces) == 1 else torch.cat([piece.input for piece in pieces])[None]
         hidden = self._recipe.entry(packed, positions) if self._recipe.entry is not None else packed
-        return self._recipe.run_layers(hidden, positions, StepAttention(self._kv, cells, segments))
+        return self._recipe.run_layers(hidden, positions, StepAttention(self._kv, cells, PassPlan(segments, self._dtype)))
 
     def _finish(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[StageResult]:
         """Results of windows whose activations, each [rows, width], have passed the layers."""
@@ -352,6 +364,10 @@ def _ids(item: StageWork, count: int) -> torch.Tensor | FarflungError:
 def _is_out_of_memory(error: Exception) -> bool:
     """The CPU allocator of torch has no exception type of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _pool_order(part: _Part) -> tuple[int, int]:
+    return len(part.rows.slots), part.session.base
 
 
 def _passes(parts: Sequence[_Part]) -> Iterator[list[_Piece]]:
