@@ -147,8 +147,8 @@ def test_rows_that_do_not_decode_fail_their_own_session(source: SafetensorsSourc
 def test_activations_that_are_not_finite_fail_their_own_session(source: SafetensorsSource, layers: LayerRange) -> None:
     stage = load_stage(source, layers, torch.float32)
     assert stage.embed is not None
-    stage.embed.weight.data[9] = torch.inf
     backend = TorchBackend(stage, source.spec(), BackendConfig(kv_tokens=100))
+    stage.embed.weight.data[9] = torch.inf
     bad, good = results_of(backend, prompt(A, [4, 9, 5]), prompt(B, [4, 5]))
     assert isinstance(bad.error, StageFailed)
     assert "not finite" in str(bad.error)
