@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 endif
 
-.PHONY: help demo test test-fast lint format types contracts check bench clean
+.PHONY: help demo test test-fast lint format types contracts check bench fuzz clean
 
 help: ## what can be made here
 	@$(PYTHON) scripts/make_help.py
@@ -47,6 +47,12 @@ check: test lint types contracts ## all of the above, as CI runs it
 bench: ## the speed figures of this machine (minutes)
 	@$(PYTHON) scripts/bootstrap.py demo dev
 	@$(BIN)/python -m bench
+
+SECONDS ?= 60
+fuzz: ## search for bytes that break the decoders, SECONDS=60 each (Linux)
+	@$(PYTHON) scripts/bootstrap.py demo dev fuzz
+	@$(BIN)/python -m fuzz frames --seconds $(SECONDS)
+	@$(BIN)/python -m fuzz records --seconds $(SECONDS)
 
 clean: ## remove .venv and caches
 	@$(PYTHON) -c "import shutil; [shutil.rmtree(d, ignore_errors=True) for d in ('.venv', '.mypy_cache', '.ruff_cache', '.pytest_cache', '.hypothesis')]"
