@@ -162,7 +162,7 @@ class ModelManifest(msgspec.Struct, frozen=True, dict=True):
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except OSError as error:
             raise NotAModel(f"no manifest at {path}: {error.strerror}") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ModelError(
                 f"{path} is no manifest: {error}", hint="delete it; it is made anew from the model's files"
             ) from error

@@ -18,6 +18,9 @@ MAX_OPEN_BYTES = 32 * 1024
 OPENING_VALID_S = 300.0
 """An opening expires this long after it was signed."""
 
+LEASE_S = 60.0
+"""What drivers ask for: a stage waits that long for a sign of a driver that may be gone. They renew it in a third of it."""
+
 CLOCK_SKEW_S = 300.0
 """How far apart the wall clocks of two machines may be."""
 
@@ -37,7 +40,7 @@ def decode_open_text(text: bytes) -> OpenText:
         parse_session_id(opened.session)
         parse_node_id(opened.owner)
         parse_model_digest(opened.digest)
-    except (msgspec.MsgspecError, FarflungError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, FarflungError) as error:
         raise MalformedFrame(f"an opening does not decode: {error}") from error
     return opened
 

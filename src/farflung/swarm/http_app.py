@@ -108,7 +108,7 @@ async def _body(request: Request, kind: type[_T]) -> _T:
         raise DirectoryError(f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from error
     except ClientDisconnect as error:
         raise DirectoryError("the connection ended before the body did") from error
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"the body is not {{text, signature}} in JSON: {str(error)[:200]}") from error
 
 

@@ -165,7 +165,7 @@ class HttpDirectory:
         content = await self._request("GET", path, params=params, wait_s=wait_s)
         try:
             return msgspec.json.decode(content, type=kind)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise DirectoryError(
                 f"{self.url}{path} answers nonsense: {str(error)[:200]}", hint="is this the URL of a farflung directory?"
             ) from error
@@ -227,7 +227,7 @@ class HttpDirectory:
         """What the directory says, as far as it is one to say it: anything else is its fault, and passes maybe."""
         try:
             told = msgspec.json.decode(body, type=api.ErrorBody)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             if status >= 500:
                 return self._unreachable(f"failed with status {status}")
             return DirectoryError(

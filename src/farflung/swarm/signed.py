@@ -71,7 +71,7 @@ def open_statement(signed: SignedText, kind: type[_S], *, context: str, now_unix
     try:
         statement = msgspec.json.decode(signed.text, type=kind)
         parse_node_id(statement.node_id)
-    except (msgspec.MsgspecError, FarflungError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, FarflungError) as error:
         raise RecordRefused(f"a record cannot be read: {str(error)[:200]}") from error
     verify(statement.node_id, signed.text, signed.signature, context=context)
     _check(statement, now_unix_s)

@@ -169,7 +169,7 @@ def _read(place: Path) -> FrozenTokenizer | None:
     try:
         head, _, pipeline = place.read_bytes().partition(b"\n")
         header = msgspec.json.decode(head, type=_Header)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     if blake3(pipeline).hexdigest() != header.pipeline_blake3:
         return None
