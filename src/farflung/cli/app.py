@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ import typer
 import typer.main
 
 from farflung import __version__
-from farflung.cli import bench, chat, config_command, demo, directory, doctor, generate, models, node, status
+from farflung.cli import bench, chat, config_command, demo, directory, doctor, generate, key, models, node, status
 from farflung.cli.config import DEFAULTS, OFF, CommandPath, Defaults, Schema, Settings, as_default_map, config_files, gather
 from farflung.cli.output import FAILED, INTERRUPTED, WRONG_USAGE, exit_code, print_error
 from farflung.core.errors import FarflungError
@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: farflung demo",
 )
-for group in (demo, directory, node, generate, chat, status, models, bench, doctor, config_command):
+for group in (demo, directory, node, generate, chat, status, models, key, bench, doctor, config_command):
     app.add_typer(group.app)
 
 
@@ -56,14 +56,26 @@ def option_names() -> Schema:
     return found
 
 
-def _collect(parsed: Any, path: CommandPath, found: dict[CommandPath, frozenset[str]]) -> None:
+def repeatable_options() -> Schema:
+    """Those of the options that may be given several times: a default for them is a list."""
+    found: dict[CommandPath, frozenset[str]] = {}
+    _collect(typer.main.get_command(app), (), found, lambda parameter: bool(parameter.multiple))
+    return found
+
+
+def _collect(
+    parsed: Any,
+    path: CommandPath,
+    found: dict[CommandPath, frozenset[str]],
+    wanted: Callable[[Any], bool] = lambda _: True,
+) -> None:
     commands = getattr(parsed, "commands", None)
     if commands is None:
-        names = (p.name for p in parsed.params if p.param_type_name == "option" and not p.hidden and p.name != "help")
-        found[path] = frozenset(names)
+        options = (p for p in parsed.params if p.param_type_name == "option" and not p.hidden and p.name != "help")
+        found[path] = frozenset(p.name for p in options if wanted(p))
         return
     for name, inner in commands.items():
-        _collect(inner, (*path, name), found)
+        _collect(inner, (*path, name), found, wanted)
 
 
 def read_defaults() -> Defaults:
@@ -84,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
             list(arguments),
             prog_name="farflung",
             standalone_mode=False,
-            default_map=as_default_map(defaults.settings),
+            default_map=as_default_map(defaults.settings, repeatable_options()),
             obj=defaults,
         )
     except typer.TyperException as error:  # what the parser refused

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from farflung.cli.admission import IdentityFile, SwarmKeyOption
 from farflung.cli.choices import check_codec, check_speculation
+from farflung.cli.driving import Driver
 from farflung.cli.options import (
     DEFAULT_DIRECTORY,
     Codec,
@@ -61,6 +63,8 @@ def chat(
     seed: Seed = 0,
     codec: Codec = "int8",
     speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: not built yet, auto is off.")] = "auto",
+    swarm_key: SwarmKeyOption = "",
+    identity: IdentityFile = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -77,7 +81,8 @@ def chat(
         check_codec(codec)
         sampling = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
         options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codec=codec)
-        with _connected(directory, model) as (loop, swarm):
+        driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)
+        with _connected(driver) as (loop, swarm):
             _converse(out, loop, swarm, options, [{"role": "system", "content": system}] if system else [])
 
 
@@ -138,10 +143,10 @@ async def _answer(out: Output, swarm: Swarm, messages: list[Message], options: G
 
 
 @contextlib.contextmanager
-def _connected(directory: str, model: str) -> Iterator[tuple[_LoopThread, Swarm]]:
+def _connected(driver: Driver) -> Iterator[tuple[_LoopThread, Swarm]]:
     """A swarm whose links live on a loop thread until the block ends."""
     with _LoopThread() as loop:
-        connection = _Connection(directory, model)
+        connection = _Connection(driver)
         try:
             swarm = loop.run(connection.open())
             yield loop, swarm
@@ -150,11 +155,10 @@ def _connected(directory: str, model: str) -> Iterator[tuple[_LoopThread, Swarm]
 
 
 class _Connection:
-    """Holds ``Swarm.connect`` open in one task, because what a task enters that task must leave."""
+    """Holds a connection open in one task, because what a task enters that task must leave."""
 
-    def __init__(self, directory: str, model: str) -> None:
-        self._directory = directory
-        self._model = model
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
         self._task: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
 
@@ -173,9 +177,7 @@ class _Connection:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _hold(self, opened: asyncio.Future[Swarm]) -> None:
-        from farflung.session import Swarm
-
-        async with Swarm.connect(self._directory, self._model) as swarm:
+        async with self._driver.connect() as swarm:
             opened.set_result(swarm)
             await self._leave.wait()
 

@@ -43,7 +43,7 @@ class Check:
     hint: str = ""
 
 
-def all_checks(directory: str, listen: str) -> Iterator[Check]:
+def all_checks(directory: str, listen: str, key: str) -> Iterator[Check]:
     """Every check, one after another, so that each can be shown as soon as it is done."""
     yield python_version()
     yield torch_import()
@@ -53,6 +53,7 @@ def all_checks(directory: str, listen: str) -> Iterator[Check]:
     yield cache_folder()
     yield link()
     yield port(listen)
+    yield swarm_key(key)
     yield demo_model()
     yield clock(datetime.now(UTC))
     if directory:
@@ -150,6 +151,18 @@ def port(listen: str) -> Check:
             return Check("port", True, f"{host}:{server.getsockname()[1]} can be listened on")
     except (OSError, ValueError, OverflowError) as error:
         return Check("port", False, f"{listen} cannot be listened on: {error}", "choose another port, or free this one")
+
+
+def swarm_key(value: str) -> Check:
+    from farflung.cli.admission import read_swarm_key
+
+    try:
+        key = read_swarm_key(value)
+    except FarflungError as error:
+        return Check("swarm key", False, error.message, error.hint)
+    if key is None:
+        return Check("swarm key", True, "none is set: for nodes of this machine alone, and swarms open to anyone")
+    return Check("swarm key", True, f"set, fingerprint {key.fingerprint}")
 
 
 def demo_model() -> Check:

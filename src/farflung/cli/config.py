@@ -19,6 +19,9 @@ from farflung.core.errors import ConfigError
 FILE_NAME = "farflung.toml"
 ALL = "all"
 PREFIX = "FARFLUNG_"
+SECRETS = frozenset({"swarm_key"})
+"""Options whose value is never printed: it may be the secret itself."""
+
 DEFAULTS, OFF = "FARFLUNG_DEFAULTS", "off"
 
 CommandPath = tuple[str, ...]
@@ -32,6 +35,10 @@ class Setting:
 
     value: object
     origin: str
+
+    def shown(self, option: str) -> object:
+        """The value as it may be printed: of a secret only that it is set."""
+        return "(set)" if option in SECRETS else self.value
 
 
 Settings = dict[CommandPath, dict[str, Setting]]
@@ -75,8 +82,8 @@ def unused_variables(environ: Mapping[str, str], schema: Schema) -> list[str]:
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known | {DEFAULTS})
 
 
-def as_default_map(settings: Settings) -> dict[str, object]:
-    """The settings in the nested form that the command parser takes."""
+def as_default_map(settings: Settings, repeatable: Schema | None = None) -> dict[str, object]:
+    """The settings in the nested form that the command parser takes; it wants a list for an option that is ``repeatable``."""
     root: dict[str, object] = {}
     for path, options in settings.items():
         node = root
@@ -85,7 +92,8 @@ def as_default_map(settings: Settings) -> dict[str, object]:
             if not isinstance(inner, dict):  # a command and an option of its parent share a name: the schema forbids it
                 raise ConfigError(f"{'.'.join(path)} is an option and a command")
             node = inner
-        node.update({name: setting.value for name, setting in options.items()})
+        lists = (repeatable or {}).get(path, frozenset())
+        node.update({name: [setting.value] if name in lists else setting.value for name, setting in options.items()})
     return root
 
 

@@ -31,7 +31,7 @@ def show(context: typer.Context, json: Json = False, debug: Debug = False) -> No
     with command(json=json, debug=debug) as out:
         defaults = cast(Defaults, context.obj)
         rows = [
-            {"command": " ".join(path), "option": name, "value": setting.value, "origin": setting.origin}
+            {"command": " ".join(path), "option": name, "value": setting.shown(name), "origin": setting.origin}
             for path, options in defaults.settings.items()
             for name, setting in sorted(options.items())
         ]

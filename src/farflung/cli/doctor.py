@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farflung.cli.admission import SwarmKeyOption
 from farflung.cli.options import Debug, Json, examples
 from farflung.cli.output import FAILED, Output, command
 
@@ -25,19 +26,20 @@ def doctor(
     listen: Annotated[
         str, typer.Option("--listen", metavar="HOST:PORT", help="Also check that this address can be listened on.")
     ] = "127.0.0.1:0",
+    swarm_key: SwarmKeyOption = "",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check that this machine can run Farflung; say what is wrong and how to mend it.
 
-    Looks at Python, torch, the processor, memory, folders, a real encrypted link over loopback, ports, models and the clock.
-    Ends with 1 where something is wrong.
+    Looks at Python, torch, the processor, memory, folders, a real encrypted link over loopback, ports, the swarm key, models
+    and the clock. Ends with 1 where something is wrong.
     """
     with command(json=json, debug=debug) as out:
         from farflung.cli.checks import all_checks
 
         found: list[Check] = []
-        for check in all_checks(directory, listen):
+        for check in all_checks(directory, listen, swarm_key):
             found.append(check)
             _show(out, check)
         out.json({"checks": [asdict(check) for check in found]})

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farflung.cli.admission import IdentityFile, SwarmKeyOption
 from farflung.cli.choices import check_codec, check_speculation
+from farflung.cli.driving import Driver
 from farflung.cli.options import (
     DEFAULT_DIRECTORY,
     Codec,
@@ -50,6 +52,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end-of-text token.")] = False,
     codec: Codec = "int8",
     speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: not built yet, auto is off.")] = "auto",
+    swarm_key: SwarmKeyOption = "",
+    identity: IdentityFile = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -71,14 +75,14 @@ def generate(
             codec=codec,
             ignore_eos=ignore_eos,
         )
-        asyncio.run(_generate(out, directory, model, read_prompt(prompt), options))
+        driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)
+        asyncio.run(_generate(out, driver, read_prompt(prompt), options))
 
 
-async def _generate(out: Output, directory: str, model: str, prompt: str, options: GenerateOptions) -> None:
+async def _generate(out: Output, driver: Driver, prompt: str, options: GenerateOptions) -> None:
     from farflung.cli.generation import as_json, headline, stream, summary
-    from farflung.session import Swarm
 
-    async with cancelled_by_sigterm(), Swarm.connect(directory, model) as swarm:
+    async with cancelled_by_sigterm(), driver.connect() as swarm:
         generation = swarm.generate(prompt, options)
         await stream(out, generation, prompt if out.live else "")
         out.json(as_json(generation))

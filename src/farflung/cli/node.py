@@ -5,58 +5,37 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import time
 from collections.abc import MutableMapping
-from dataclasses import dataclass
-from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farflung.cli.choices import CODECS, check_codec, check_dtype, check_layers, torch_dtype
+from farflung.cli.admission import Allow, OpenToAnyone, SwarmKeyOption, read_admission
+from farflung.cli.choices import check_codec, check_dtype, check_layers, torch_dtype
 from farflung.cli.directory import directory_at
 from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, ExitWithStdin, Json, Model, State, examples
 from farflung.cli.output import Output, command
-from farflung.cli.stopping import ParentWatch, first_of, stop_requests
+from farflung.cli.serving import NodeOptions, serve_stage
+from farflung.cli.stopping import ParentWatch
 from farflung.core.errors import UsageError
-from farflung.core.ids import short
 from farflung.core.model import LayerRange
 
 if TYPE_CHECKING:
     from farflung.core.model import ModelSpec
     from farflung.engine.source import ModelSource
     from farflung.engine.torch_backend import TorchBackend
-    from farflung.identity.keys import Identity
+    from farflung.node.admission import Admission
 
 app = typer.Typer()
 
 AUTO = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodeOptions:
-    """What the command line says; see the command for the meaning of each."""
-
-    directory: str
-    model: str
-    layers: str
-    listen: str
-    advertise: tuple[str, ...]
-    dtype: str
-    codec: str
-    threads: int
-    kv_tokens: int
-    model_digest: str
-    state: Path | None
-    ephemeral: bool
-
-
 @app.command(
     epilog=examples(
         "farflung node -m gemma3-270m --layers 0:6",
         "farflung node -m gemma3-270m --layers 2/3      (the second of three equal parts)",
-        "farflung node -d http://10.0.0.5:7700 -m Qwen/Qwen2.5-7B-Instruct --listen 0.0.0.0:7800 --advertise 10.0.0.7:7800",
+        "farflung node -d http://10.0.0.5:7700 -m Qwen/Qwen2.5-7B-Instruct --listen 10.0.0.7:7800 --swarm-key swarm.key",
     )
 )
 def node(
@@ -91,6 +70,18 @@ def node(
         str,
         typer.Option("--model-digest", metavar="HEX", help="Refuse to serve any model but the one with this digest."),
     ] = "",
+    swarm_key: SwarmKeyOption = "",
+    allow: Allow = None,
+    open_to_anyone: OpenToAnyone = False,
+    driver_share: Annotated[
+        float,
+        typer.Option(
+            "--driver-share",
+            min=0.0,
+            max=1.0,
+            help="Share of the KV that one driver may hold; 0: half for strangers, else all.",
+        ),
+    ] = 0.0,
     state: State = None,
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Use a new key and forget it at the end: for trying things out.")
@@ -102,13 +93,15 @@ def node(
     """Serve some layers of MODEL until Ctrl-C or SIGTERM.
 
     Loads only its own layers, measures its speed, announces itself to the directory. When told to stop it takes no new
-    sessions, lets the running ones end and leaves; a second Ctrl-C ends it at once.
+    sessions, lets the running ones end and leaves; a second Ctrl-C ends it at once. Where other machines can reach it, it wants
+    to know whom to serve: --swarm-key, --allow or --open-to-anyone.
     """
     watch = ParentWatch() if exit_with_stdin else None
     with command(json=json, debug=debug) as out:
         check_dtype(dtype)
         check_codec(codec)
         check_layers(layers)
+        admission = _admission(swarm_key, tuple(allow or ()), (listen, *(advertise or ())), open_to_anyone=open_to_anyone)
         options = NodeOptions(
             directory=directory,
             model=model,
@@ -122,9 +115,24 @@ def node(
             model_digest=model_digest,
             state=state,
             ephemeral=ephemeral,
+            admission=admission,
+            allow=tuple(allow or ()),
+            driver_share=driver_share,
         )
         prepare_environment(threads, os.environ)
         _run(out, options, watch)
+
+
+def _admission(swarm_key: str, allow: tuple[str, ...], addresses: tuple[str, ...], *, open_to_anyone: bool) -> Admission:
+    """Whom to serve, before anything else is done. Raises UsageError, IdentityError."""
+    from farflung.node.admission import check_exposure
+    from farflung.swarm.addresses import split_address
+
+    for address in addresses:
+        split_address(address)
+    admission = read_admission(swarm_key, allow)
+    check_exposure(addresses, admission, open_to_anyone=open_to_anyone)
+    return admission
 
 
 def prepare_environment(threads: int, environ: MutableMapping[str, str]) -> None:
@@ -141,9 +149,7 @@ def _run(out: Output, options: NodeOptions, watch: ParentWatch | None) -> None:
     from farflung.cli.state import claimed_identity
     from farflung.core.ids import parse_model_digest
     from farflung.engine.open_model import open_source
-    from farflung.swarm.addresses import split_address
 
-    split_address(options.listen)
     wanted = parse_model_digest(options.model_digest) if options.model_digest else None
     with claimed_identity(options.state, ephemeral=options.ephemeral) as identity:
         asyncio.run(_check_port(options.listen))  # before minutes of loading, not after
@@ -153,7 +159,7 @@ def _run(out: Output, options: NodeOptions, watch: ParentWatch | None) -> None:
         if wanted is not None:
             source.manifest().check_digest(wanted, source.name)
         backend = _load_what_is_needed(out, options, source, spec)
-        asyncio.run(_serve(out, options, identity, backend, watch))
+        asyncio.run(serve_stage(out, options, identity, backend, watch))
 
 
 async def _check_port(listen: str) -> None:
@@ -231,54 +237,3 @@ def _load(out: Output, options: NodeOptions, source: ModelSource, spec: ModelSpe
     config = BackendConfig(kv_tokens=kv_tokens, threads=options.threads or None)
     with out.progress(f"layers {layers} of {spec.name}") as progress:
         return load_backend(source, layers, dtype, config, progress=progress, expected_digest=spec.digest)
-
-
-async def _serve(
-    out: Output, options: NodeOptions, identity: Identity, backend: TorchBackend, watch: ParentWatch | None
-) -> None:
-    from farflung.engine.t_curve import measure_t_curve
-    from farflung.node.service import Node, NodeConfig, NodePorts
-    from farflung.node.table import TableConfig
-    from farflung.transport.link import LinkConfig
-    from farflung.transport.tcp import TcpTransport
-
-    config = NodeConfig(
-        listen=options.listen,
-        advertise=options.advertise,
-        t_curve_ms=await measure_t_curve(backend),
-        table=TableConfig(codecs=frozenset(CODECS[: CODECS.index(options.codec) + 1])),
-    )
-    with stop_requests(watch) as stop:
-        async with directory_at(options.directory) as directory:
-            node = Node(
-                config,
-                NodePorts(
-                    identity=identity,
-                    transport=TcpTransport(identity, LinkConfig()),
-                    directory=directory,
-                    backend=backend,
-                    clock=time.time,
-                    random=Random(),  # noqa: S311 - jitter, not keys
-                ),
-            )
-            await node.start()
-            out.json(
-                {
-                    "event": "ready",
-                    "node_id": node.node_id,
-                    "listen": node.listen,
-                    "layers": [backend.layers.start, backend.layers.stop],
-                    "engine": backend.engine_class,
-                    "kv_tokens": backend.kv_tokens,
-                }
-            )
-            out.print(
-                f"node {short(node.node_id)} at {node.listen} serves layers {backend.layers} of {backend.spec.name} "
-                f"({backend.engine_class}, {backend.kv_tokens} tokens of KV)"
-            )
-            try:
-                await first_of(stop.wait(), node.ended())
-                out.note("draining: running sessions may end, no new ones are taken")
-            finally:
-                await node.drain()
-                await backend.aclose()

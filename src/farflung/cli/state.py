@@ -45,6 +45,21 @@ def claimed_identity(folder: Path | None, *, ephemeral: bool) -> Iterator[Identi
 
 
 @contextmanager
+def driver_identity(path: Path | None) -> Iterator[Identity]:
+    """A driver's key: that in ``path``, made there if there is none, or a new one that is not kept.
+
+    Raises UsageError (another process uses it now: nodes would take the two for one), IdentityError.
+    """
+    if path is None:
+        yield Identity.generate()
+        return
+    with _locked(path.with_name(f"{path.name}.lock")) as got_it:
+        if not got_it:
+            raise UsageError(f"another process runs with the key in {path}", hint="give each an --identity of its own")
+        yield Identity.load_or_create(path)
+
+
+@contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Whether this process could take the lock; held until the block ends, or the process does."""
     try:

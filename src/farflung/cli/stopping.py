@@ -88,7 +88,21 @@ def stop_requests(watch: ParentWatch | None) -> Iterator[StopRequest]:
         raise KeyboardInterrupt
 
 
-def _on_signal(loop: asyncio.AbstractEventLoop, number: int, then: Callable[[int], None]) -> None:
+@contextmanager
+def on_hangup(then: Callable[[], object] | None) -> Iterator[None]:
+    """Calls ``then`` for each SIGHUP while the block runs; without it, and on Windows, SIGHUP is left as it is."""
+    if then is None or not hasattr(signal, "SIGHUP"):
+        yield
+        return
+    call, before = then, signal.getsignal(signal.SIGHUP)
+    _on_signal(asyncio.get_running_loop(), signal.SIGHUP, lambda _number: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _on_signal(loop: asyncio.AbstractEventLoop, number: int, then: Callable[[int], object]) -> None:
     try:
         loop.add_signal_handler(number, then, number)
     except NotImplementedError:  # Windows: there a plain handler wakes the loop through its wakeup socket

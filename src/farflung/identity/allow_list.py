@@ -39,7 +39,7 @@ class AllowList:
         if node_id not in self.node_ids:
             raise NotAdmitted(
                 f"driver {short(node_id)} is not on this node's list of {len(self.node_ids)}",
-                hint=f"its operator can add the line {node_id} (`farflung key id DIR` prints the id of --state DIR)",
+                hint=f"let its operator add {node_id}; `farflung key id FILE` makes a key that stays, for --identity FILE",
             )
 
 

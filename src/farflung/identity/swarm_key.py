@@ -81,6 +81,11 @@ class SwarmKey:
             raise IdentityError("the swarm key has a typo: its checksum does not fit", hint="copy it again, from the file")
         return cls(secret)
 
+    @staticmethod
+    def looks_like_one(text: str) -> bool:
+        """Whether ``text`` means to be a key, and not the name of a file."""
+        return text.strip().startswith(_PREFIX[:14])
+
     @classmethod
     def read(cls, path: Path) -> SwarmKey:
         """The key in a file. Raises IdentityError where there is none, or other users of the machine can read it."""
