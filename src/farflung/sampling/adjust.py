@@ -5,6 +5,8 @@ Each step is one IEEE operation in float32 per token, in a fixed order, so every
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,20 +14,37 @@ from farflung.core.sampling import SamplingOptions
 from farflung.sampling.history import Counts
 
 
-def adjust(row: NDArray[np.float32], options: SamplingOptions, counts: Counts | None) -> NDArray[np.float32]:
+class Biases(NamedTuple):
+    """The logit bias of a session. Attributes: ids int64 [n], each once; values float32 [n]."""
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+def biases(options: SamplingOptions) -> Biases | None:
+    """None where there are none."""
+    if not options.logit_bias:
+        return None
+    ids, values = zip(*options.logit_bias, strict=True)
+    return Biases(np.array(ids, np.int64), np.array(values, np.float32))
+
+
+def adjust(
+    row: NDArray[np.float32], options: SamplingOptions, bias: Biases | None, counts: Counts | None
+) -> NDArray[np.float32]:
     """Logit bias, then repetition, then frequency, then presence (vLLM's order); the row itself where nothing changes it.
 
     Args:
         row: float32 [vocab].
-        options: of the session.
+        options: of the session, and their ``biases``.
         counts: of the text before the token; needed where ``options.needs_history``.
     """
     penalised = options.needs_history and counts is not None and len(counts.ids) > 0
-    if not options.logit_bias and not penalised:
+    if bias is None and not penalised:
         return row
     found = row.copy()
-    for token, bias in options.logit_bias:
-        found[token] += np.float32(bias)
+    if bias is not None:
+        found[bias.ids] += bias.values
     if penalised and counts is not None:
         _penalise(found, options, counts)
     return found

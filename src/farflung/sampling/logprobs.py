@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from farflung.core.sampling import TokenLogprob
-from farflung.sampling.truncate import likeliest, scale
+from farflung.sampling.truncate import likeliest, mass
 
 
 def log_probabilities(logits: NDArray[np.float32], tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -24,10 +25,7 @@ def log_probabilities(logits: NDArray[np.float32], tokens: Sequence[int], top: i
 
 def _of_row(row: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
     greatest = float(row.max())
-    scaled = scale(row, greatest, 1.0)
-    log_sum = float(np.log(np.exp(scaled).sum()))
-    ids = likeliest(row, top) if top else np.arange(0)
-    return TokenLogprob(
-        float(scaled[token]) - log_sum,
-        tuple((int(index), float(scaled[index]) - log_sum) for index in ids if np.isfinite(row[index])),
-    )
+    log_sum = greatest + math.log(mass(row, greatest, 1.0))
+    ids = likeliest(row, top).tolist() if top else []
+    alternatives = ((index, float(row[index]) - log_sum) for index in ids)
+    return TokenLogprob(float(row[token]) - log_sum, tuple(found for found in alternatives if math.isfinite(found[1])))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from farflung.core.errors import StageFailed, UsageError
 from farflung.core.sampling import SamplingOptions
-from farflung.sampling.adjust import adjust
+from farflung.sampling.adjust import adjust, biases
 from farflung.sampling.draw import draw
 from farflung.sampling.history import Counts
 from farflung.sampling.noise import noise_key
@@ -42,16 +42,16 @@ def sample_rows(
     if options.needs_history and counts is None:
         raise UsageError("penalties need the counts of the text before each row")
     vocab = logits.shape[1]
-    beyond = [token for token, _ in options.logit_bias if token >= vocab]
-    if beyond:
-        raise UsageError(f"logit_bias names token {beyond[0]}, the vocabulary has {vocab}")
+    bias = biases(options)
+    if bias is not None and int(bias.ids.max()) >= vocab:
+        raise UsageError(f"logit_bias names token {bias.ids.max()}, the vocabulary has {vocab}")
     key = noise_key(options.seed, options.choice)
     ids = np.arange(vocab if not options.greedy else 0, dtype=np.uint32)
     found: list[int] = []
     for index, position in enumerate(positions):
         raw = logits[index]
         peak = _peak(raw, index, position)
-        row = adjust(raw, options, counts[index] if counts is not None else None)
+        row = adjust(raw, options, bias, counts[index] if counts is not None else None)
         if row is not raw:
             peak = _peak(row, index, position)
         if not options.greedy:
