@@ -6,6 +6,7 @@ import sys
 BENCHES = (
     ["-m", "bench.codecs"],
     ["-m", "bench.sampling"],
+    ["-m", "bench.row_log"],
     ["-m", "bench.transport"],
     ["-m", "bench.hops"],
     ["-m", "farflung", "bench", "stage", "--model", "qwen2.5-coder-0.5b"],

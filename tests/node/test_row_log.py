@@ -241,6 +241,17 @@ def test_eviction_takes_the_oldest_rows_of_the_largest_session_and_is_announced(
         large.payload([start - 1])
 
 
+def test_rows_that_come_again_after_they_were_given_up_are_not_kept() -> None:
+    budget = small(None)
+    log = budget.open(SESSION, ignore)
+    rows = fill(log, 0, 10)
+    last, used = log.complete_from - 1, budget.memory_used
+    for slot in (last, 0):
+        log.append([slot], rows[:ROW])
+        assert not log.holds([slot])
+    assert (budget.memory_used, log.complete_from) == (used, last + 1)
+
+
 def test_a_session_may_close_its_log_when_it_hears_of_an_eviction() -> None:
     budget = small(None)
     log = budget.open(SESSION, lambda *_: log.close())

@@ -22,13 +22,14 @@ class LogConfig:
     memory_bytes: for rows in memory, of all sessions together; only rows that are not committed may exceed it.
     disk_bytes: the largest the file may grow; 0 for no disk.
     directory: a folder for nothing else; None for no disk.
-    page_bytes: what moves to disk at once. A page is joined, hashed and written in 0.2 ms, which the event loop waits for.
+    page_bytes: what moves to disk at once. Joining, hashing and writing a page takes 0.1-0.4 ms, for which the event loop
+        waits (``bench.row_log``). A row larger than a page is never on disk.
     """
 
     memory_bytes: int = 256 << 20
     disk_bytes: int = 4 << 30
     directory: Path | None = None
-    page_bytes: int = 256 << 10
+    page_bytes: int = 128 << 10
 
 
 class LogBudget:
