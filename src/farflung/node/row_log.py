@@ -42,11 +42,14 @@ class LogSpace(Protocol):
     def fit(self) -> None:
         """Makes room where memory is over its budget."""
 
-    def read(self, page: Page) -> bytes: ...
+    def read(self, page: Page) -> bytes:
+        """What was written there. Raises LogEvicted where the disk does not give it back."""
 
-    def free(self, page: Page) -> None: ...
+    def free(self, page: Page) -> None:
+        """Nothing on it is wanted any more."""
 
-    def forget(self, log: RowLog) -> None: ...
+    def forget(self, log: RowLog) -> None:
+        """It is closed."""
 
 
 class _Chunk:
@@ -129,7 +132,7 @@ class RowLog:
         for slot in at:
             self._index[slot] = chunk
         self._grow(chunk.memory)
-        if self.complete_from and slots[0] <= self._path[self.complete_from - 1]:
+        if self.complete_from:
             last = self._path[self.complete_from - 1]  # given up or dead: nobody can ask for rows up to here
             self.drop([slot for slot in slots if slot <= last])
         self._space.fit()
@@ -140,7 +143,7 @@ class RowLog:
         self._space.fit()
 
     def drop(self, slots: Iterable[int]) -> None:
-        """These slots are dead: frees what is here of them. Slots that are not here are passed over."""
+        """These slots are dead, so never committed ones: frees what is here of them, passes over those that are not."""
         pop = self._index.pop
         self._released(chunk for slot in slots if (chunk := pop(slot, None)) is not None)
 
