@@ -15,6 +15,7 @@ from farflung.core.messages import Credit, Hello
 from farflung.identity import Identity, SwarmKey
 from farflung.lab.virtual_clock import run_virtual
 from farflung.transport.dialling import OnRefused
+from farflung.transport.gate import GateConfig
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Frame, Link, LinkConfig, Listener, Priority, Transport
 from farflung.transport.memory import LinkShape, MemoryNetwork
@@ -174,8 +175,14 @@ class _World:
 class TcpWorld(_World):
     """Sockets over loopback."""
 
+    def __init__(self, gate: GateConfig | None = None) -> None:
+        super().__init__()
+        self._gate = gate
+
     def transport(self, hello: Hello, swarm_key: SwarmKey | None, on_refused: OnRefused) -> Transport:
-        return TcpTransport(Identity.generate(), self.config, hello=hello, swarm_key=swarm_key, on_refused=on_refused)
+        return TcpTransport(
+            Identity.generate(), self.config, hello=hello, swarm_key=swarm_key, gate=self._gate, on_refused=on_refused
+        )
 
     def die(self, node: Node) -> None:
         assert isinstance(node.transport, TcpTransport)

@@ -30,9 +30,9 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId
 from farflung.core.messages import Message, Ping, Pong
 from farflung.identity import Identity, client_context, server_context
-from farflung.transport import tcp
 from farflung.transport.address import parse_address
 from farflung.transport.frame_link import FrameLink
+from farflung.transport.gate import GateConfig
 from farflung.transport.hello import HELLO
 from farflung.transport.link import LinkConfig, Priority
 from farflung.transport.tcp import TcpTransport
@@ -59,7 +59,7 @@ async def raw(node: Node, *, tls: Any = None) -> AsyncIterator[tuple[asyncio.Str
             await writer.wait_closed()
 
 
-def attack(scenario: Callable[[TcpWorld, Node], Awaitable[None]]) -> None:
+def attack(scenario: Callable[[TcpWorld, Node], Awaitable[None]], gate: GateConfig | None = None) -> None:
     """Runs it against a listening node, which must serve an honest peer afterwards."""
 
     async def whole(world: TcpWorld) -> None:
@@ -72,7 +72,7 @@ def attack(scenario: Callable[[TcpWorld, Node], Awaitable[None]]) -> None:
         _, heard = await victim.first_link()
         await heard.until_frames(1)
 
-    TcpWorld().run(whole, QUICK)
+    TcpWorld(gate).run(whole, QUICK)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,7 @@ def test_a_frame_before_the_hello_breaks_the_protocol() -> None:
     attack(scenario)
 
 
-def test_many_unfinished_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "_MOST_GREETINGS", 8)
-
+def test_many_unfinished_connections_keep_nobody_out() -> None:
     async def scenario(world: TcpWorld, victim: Node) -> None:
         host, port = parse_address(victim.address)
         held = [await asyncio.open_connection(host, port) for _ in range(12)]
@@ -130,19 +128,17 @@ def test_many_unfinished_connections_keep_nobody_out(monkeypatch: pytest.MonkeyP
             writer.transport.abort()
         victim.accepted.clear()
 
-    attack(scenario)
+    attack(scenario, GateConfig(greetings=8))
 
 
-def test_each_connection_that_comes_to_nothing_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "_MOST_GREETINGS", 2)
-
+def test_each_connection_that_comes_to_nothing_is_told_of_once() -> None:
     async def scenario(world: TcpWorld, victim: Node) -> None:
         context = client_context(Identity.generate())
         async with raw(victim, tls=context), raw(victim, tls=context), raw(victim, tls=context), raw(victim, tls=context):
             await asyncio.sleep(2 * QUICK.handshake_timeout_s)
         assert ["oldest" in str(error) for error in victim.refused] == [True, True, False, False]
 
-    attack(scenario)
+    attack(scenario, GateConfig(greetings=2))
 
 
 def test_a_connection_that_comes_while_the_listener_closes_keeps_nobody_waiting() -> None:

@@ -12,10 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-
-from msgspec.structs import replace
 
 from farflung.core.errors import (
     FarflungError,
@@ -28,13 +25,11 @@ from farflung.core.errors import (
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
 from farflung.core.units import Bytes
-from farflung.identity.swarm_key import SwarmKey, check_link_proof, link_proof
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
-from farflung.transport.half_received import HalfReceived
-from farflung.transport.hello import check_versions
-from farflung.transport.link import Frame, LinkConfig, LinkHandler, LinkStats, Priority
+from farflung.transport.link import Frame, LinkHandler, LinkStats, Priority
+from farflung.transport.link_setup import LinkSetup
 from farflung.transport.measure import DeliveryRate, RoundTrip, fragment_bytes_for
-from farflung.transport.uplink import Fragment, Uplink
+from farflung.transport.uplink import Fragment
 from farflung.wire.fragment import MAX_FRAGMENT_BYTES, Reassembler, size_in_fragments
 from farflung.wire.frame import decode_frame, encode_frame, frame_size
 
@@ -46,39 +41,6 @@ class _State(Enum):
     UP = 1
     CLOSING = 2
     LOST = 3
-
-
-@dataclass(frozen=True)
-class LinkSetup:
-    """What all links of a node share.
-
-    Attributes:
-        me: this node.
-        config: limits and rhythms.
-        hello: what this node speaks.
-        swarm_key: of the private swarm it is in: peers without it are turned away.
-        uplink: by which all of them send.
-        half_received: budget of all of them.
-    """
-
-    me: NodeId
-    config: LinkConfig
-    hello: Hello
-    swarm_key: SwarmKey | None
-    uplink: Uplink
-    half_received: HalfReceived
-
-    @classmethod
-    def of(cls, me: NodeId, config: LinkConfig, hello: Hello, swarm_key: SwarmKey | None) -> LinkSetup:
-        return cls(me, config, hello, swarm_key, Uplink(), HalfReceived(config.max_partial_bytes))
-
-    def hello_to(self, peer: NodeId) -> Hello:
-        return replace(self.hello, proof=link_proof(self.swarm_key, self.me, peer))
-
-    def check(self, hello: Hello, peer: NodeId) -> None:
-        """Raises VersionMismatch, NotAdmitted."""
-        check_versions(self.hello, hello, peer)
-        check_link_proof(self.swarm_key, hello.proof, self.me, peer)
 
 
 class FrameLink:
@@ -125,6 +87,7 @@ class FrameLink:
         self._round_trip = RoundTrip()
         self._delivery = DeliveryRate()
         self._heard = self._loop.time()
+        self._stuck_since: float | None = None  # the peer takes nothing
         self._ping_at = self._beat_at = 0.0
         self._timer = self._loop.call_at(greet_by, self._greeting_overdue, self._heard)
         self._post(setup.hello_to(peer))
@@ -233,6 +196,7 @@ class FrameLink:
 
     def on_writable(self) -> None:
         """The wire has room again."""
+        self._stuck_since = None
         self._uplink.writable(self)
 
     def on_wire_lost(self, error: FarflungError) -> None:
@@ -330,6 +294,16 @@ class FrameLink:
                 LinkLost(
                     f"node {short(self.peer)} has been silent for {silent_s:.1f} s",
                     hint="it has stopped, or the network between is gone; look at its log and at `farflung status`",
+                )
+            )
+            return
+        if not self.writable and self._stuck_since is None:
+            self._stuck_since = now
+        if self._stuck_since is not None and now - self._stuck_since >= self._config.stuck_after_s:
+            self.end(
+                LinkLost(
+                    f"node {short(self.peer)} has taken nothing of what it was sent for {now - self._stuck_since:.1f} s",
+                    hint="it is overloaded, or does not read on purpose",
                 )
             )
             return

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from farflung.core.errors import FarflungError
 from farflung.core.ids import NodeId
-from farflung.core.messages import Message
+from farflung.core.messages import Hello, Message
 
 Buffer = bytes | bytearray | memoryview
 
@@ -45,7 +45,9 @@ class LinkConfig:
         heartbeat_s: interval of pings.
         dead_after_s: silence that ends a link; several heartbeats.
         max_frame_bytes: a frame that announces more is refused before anything is allocated.
+        stuck_after_s: a peer that takes less than a fragment of what it is sent for so long is ended, though it shows life.
         max_queued_bytes: bytes waiting to be sent on one link before ``send`` raises LinkOverloaded.
+        max_queued_bytes_in_all: on all links of a node; over it the link that holds most is ended.
         max_partial_frames: channels that may have a frame half received at a time.
         max_partial_bytes: of frames half received on all links of a node; over it the link that holds most is ended.
     """
@@ -53,8 +55,10 @@ class LinkConfig:
     handshake_timeout_s: float = 5.0
     heartbeat_s: float = 0.5
     dead_after_s: float = 2.5
+    stuck_after_s: float = 20.0
     max_frame_bytes: int = 64 * 1024**2
     max_queued_bytes: int = 256 * 1024**2
+    max_queued_bytes_in_all: int = 512 * 1024**2
     max_partial_frames: int = 256
     max_partial_bytes: int = 256 * 1024**2
 
@@ -92,6 +96,10 @@ class Link(Protocol):
 
     @property
     def peer(self) -> NodeId: ...
+
+    @property
+    def peer_hello(self) -> Hello | None:
+        """What the peer said it speaks (see ``hello``); never None once a link was handed out."""
 
     @property
     def stats(self) -> LinkStats: ...

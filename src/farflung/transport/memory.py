@@ -23,9 +23,10 @@ from farflung.core.messages import Hello
 from farflung.identity.swarm_key import SwarmKey
 from farflung.transport.address import format_address, parse_address
 from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
-from farflung.transport.frame_link import FrameLink, LinkSetup
+from farflung.transport.frame_link import FrameLink
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Link, LinkConfig, Listener
+from farflung.transport.link_setup import LinkSetup
 from farflung.transport.memory_wire import LinkShape, MemoryWire, Path, Pipe
 
 __all__ = ["LinkShape", "MemoryListener", "MemoryNetwork", "MemoryTransport"]

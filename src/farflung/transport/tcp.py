@@ -6,22 +6,21 @@ import asyncio
 import errno
 from collections.abc import Callable, Sequence
 
-from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError
+from farflung.core.errors import AddressInUse, FarflungError, LinkLost, LinkOverloaded, Unreachable, UsageError
 from farflung.core.ids import NodeId
 from farflung.core.messages import Hello
 from farflung.identity import Identity, SwarmKey, client_context, server_context
 from farflung.transport.address import format_address, parse_address
 from farflung.transport.dialling import OnRefused, check_peer, first_that_answers, settle
-from farflung.transport.frame_link import FrameLink, LinkSetup
+from farflung.transport.frame_link import FrameLink
+from farflung.transport.gate import Gate, GateConfig, source_of
 from farflung.transport.hello import HELLO
 from farflung.transport.link import Link, LinkConfig, Listener
+from farflung.transport.link_setup import LinkSetup
 from farflung.transport.tcp_connection import TcpConnection, TcpSetup
 
 _RECEIVE_BYTES = 256 * 1024
 _BACKLOG = 128
-_MOST_GREETINGS = 256
-"""Accepted connections that may be unfinished at a time, per listener: some 10 MB of TLS state. One more, and the oldest is
-dropped: an honest peer is through in a few round trips, one that only holds connections open becomes the oldest."""
 
 
 class TcpTransport:
@@ -32,6 +31,7 @@ class TcpTransport:
         config: limits and rhythms of all links.
         hello: what this node speaks.
         swarm_key: of a private swarm: who does not know it is turned away (NotAdmitted), dialled or dialling.
+        gate: what each of its listeners takes.
         on_refused: for the log; connections that fail before they are links have no handler to tell.
     """
 
@@ -42,12 +42,14 @@ class TcpTransport:
         *,
         hello: Hello = HELLO,
         swarm_key: SwarmKey | None = None,
+        gate: GateConfig | None = None,
         on_refused: OnRefused | None = None,
     ) -> None:
         self._node_id = identity.node_id
         self._client_context = client_context(identity)
         self._server_context = server_context(identity)
         self._on_refused = on_refused
+        self._gate = gate or GateConfig()
         links = LinkSetup.of(self._node_id, config or LinkConfig(), hello, swarm_key)
         self._setup = TcpSetup(links, memoryview(bytearray(_RECEIVE_BYTES)), {})
         self._listeners: dict[TcpListener, None] = {}
@@ -65,7 +67,7 @@ class TcpTransport:
     async def listen(self, address: str, on_link: Callable[[Link], None]) -> Listener:
         host, port = parse_address(address)
         loop = asyncio.get_running_loop()
-        listener = TcpListener(on_link, self._on_refused, self._forget)
+        listener = TcpListener(self._gate, on_link, self._on_refused, self._forget)
         try:
             server = await loop.create_server(lambda: self._accept(listener), host, port, backlog=_BACKLOG)
         except OSError as error:
@@ -89,7 +91,6 @@ class TcpTransport:
                 self._client_context,
                 lambda found: check_peer(peer, found, address),
                 lambda _, link, error: settle(greeted, link, error),
-                dialled=True,
             )
 
         host, port = parse_address(address)
@@ -113,8 +114,8 @@ class TcpTransport:
         if listener.closed:
             # asyncio drops such a socket without a word to its protocol, so there had better be none.
             raise LinkLost(f"a connection came to {listener.address} while that was closed")
-        connection = TcpConnection(self._setup, self._server_context, _anybody, listener.on_greeted, dialled=False)
-        listener.admit(connection)
+        connection = TcpConnection(self._setup, self._server_context, _anybody, listener.on_greeted, accepted_by=listener)
+        listener.accepted(connection)
         return connection
 
     def _forget(self, listener: TcpListener) -> None:
@@ -125,9 +126,14 @@ class TcpListener:
     """See ``Listener``. Made by ``TcpTransport.listen``."""
 
     def __init__(
-        self, on_link: Callable[[Link], None], on_refused: OnRefused | None, on_closed: Callable[[TcpListener], None]
+        self,
+        gate: GateConfig,
+        on_link: Callable[[Link], None],
+        on_refused: OnRefused | None,
+        on_closed: Callable[[TcpListener], None],
     ) -> None:
         self.closed = False
+        self._gate: Gate[TcpConnection] = Gate(gate)
         self._on_closed = on_closed
         self._on_link = on_link
         self._on_refused = on_refused
@@ -144,17 +150,26 @@ class TcpListener:
         self._server = server
         self._address = format_address(*server.sockets[0].getsockname()[:2])
 
-    def admit(self, connection: TcpConnection) -> None:
-        """A connection was accepted."""
-        if len(self._greeting) >= _MOST_GREETINGS:
-            oldest = next(iter(self._greeting))
-            error = Unreachable(f"{len(self._greeting)} connections have not finished their handshake; the oldest was dropped")
-            oldest.abort(error)
+    def accepted(self, connection: TcpConnection) -> None:
+        """A socket was accepted; where from is known only when it is connected."""
         self._greeting[connection] = None
+
+    def connected(self, connection: TcpConnection, host: str) -> None:
+        try:
+            surplus = self._gate.enter(connection, source_of(host), asyncio.get_running_loop().time())
+        except FarflungError as error:
+            connection.abort(error)
+            return
+        if surplus is not None:
+            surplus.abort(LinkOverloaded("too many connections have not finished their handshake; the oldest was dropped"))
+
+    def disconnected(self, connection: TcpConnection) -> None:
+        self._gate.left(connection)
 
     def on_greeted(self, connection: TcpConnection, link: FrameLink | None, error: FarflungError | None) -> None:
         """The connection has become a link, or never will."""
         self._greeting.pop(connection, None)
+        self._gate.greeted(connection)
         if link is not None:
             self._on_link(link)
         elif error is not None and self._on_refused is not None:

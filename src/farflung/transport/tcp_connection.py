@@ -12,19 +12,30 @@ import ssl
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from farflung.core.errors import FarflungError, LinkLost
 from farflung.core.ids import NodeId, short
 from farflung.transport.address import format_address
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES
-from farflung.transport.frame_link import FrameLink, LinkSetup
+from farflung.transport.frame_link import FrameLink
+from farflung.transport.link_setup import LinkSetup
 from farflung.transport.tls import TlsStream
 from farflung.wire.fragment import MAX_FRAGMENT_BYTES
 
 _LEAST_UNSENT_BYTES = 4096  # below, the kernel would wake us for every other packet
 _KERNEL_BOUNDS_UNSENT = sys.platform == "linux"
 """Elsewhere TCP_NOTSENT_LOWAT is missing, or decides only when the socket counts as writable and not how much it takes."""
+
+
+class Acceptor(Protocol):
+    """Where a connection was accepted: told when its socket is connected and when it is closed."""
+
+    def connected(self, connection: TcpConnection, host: str) -> None:
+        """It comes from ``host``; may abort it, or others."""
+
+    def disconnected(self, connection: TcpConnection) -> None: ...
+
 
 OnGreeted = Callable[["TcpConnection", FrameLink | None, FarflungError | None], None]
 
@@ -52,7 +63,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         context: TLS of this direction.
         expect: called with the peer's node id as soon as it is proven; raises (WrongPeer) to turn it away.
         on_greeted: called once, with the link when it is up, or with the error.
-        dialled: this end dialled.
+        accepted_by: where it was accepted; None where this end dialled.
     """
 
     def __init__(
@@ -62,13 +73,14 @@ class TcpConnection(asyncio.BufferedProtocol):
         expect: Callable[[NodeId], None],
         on_greeted: OnGreeted,
         *,
-        dialled: bool,
+        accepted_by: Acceptor | None = None,
     ) -> None:
         self._setup = setup
-        self._tls = TlsStream(context, server_side=not dialled)
+        self._context = context
+        self._tls: TlsStream | None = None  # until the other end has sent something: 45 KB that holding a socket must not cost
         self._expect = expect
         self._on_greeted: OnGreeted | None = on_greeted
-        self._dialled = dialled
+        self._accepted_by = accepted_by
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._greet_by = self._loop.time() + setup.links.config.handshake_timeout_s
@@ -86,7 +98,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         return not (self._paused or self._finishing)
 
     def write(self, data: bytes) -> int:
-        if self._finishing or self._transport is None:
+        if self._finishing or self._transport is None or self._tls is None:
             return 0
         records = self._tls.encrypt(data)
         self._transport.write(records)
@@ -111,7 +123,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         # Half-closed: the peer gets all that was written, and closes in turn. Closing at once would reset the connection
         # where bytes of the peer are unread, and destroy what it has not read yet.
         self._timer = self._loop.call_at(by, self.abort)
-        self._transport.write(self._tls.goodbye())
+        if self._tls is not None:
+            self._transport.write(self._tls.goodbye())
         try:
             self._transport.write_eof()
         except OSError:  # the peer has reset the connection and the loop does not know yet
@@ -152,12 +165,17 @@ class TcpConnection(asyncio.BufferedProtocol):
         name = transport.get_extra_info("peername")
         if name:
             self.remote = format_address(*name[:2])
+        if self._accepted_by is not None:
+            self._accepted_by.connected(self, name[0] if name else self.remote)
+            if self._finishing:  # turned away
+                return
         opened: socket.socket = transport.get_extra_info("socket")
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if _KERNEL_BOUNDS_UNSENT:
             self._transport.set_write_buffer_limits(high=0)  # what the kernel refuses is the limit
         self.bound_unsent(2 * MAX_FRAGMENT_BYTES)
-        self._shake_hands()
+        if self._accepted_by is None:
+            self._shake_hands(self._stream())
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._setup.receive
@@ -165,11 +183,12 @@ class TcpConnection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self._finishing:
             return
-        self._tls.feed(self._setup.receive[:nbytes])
+        tls = self._stream()
+        tls.feed(self._setup.receive[:nbytes])
         if self._link is None:
-            self._shake_hands()
+            self._shake_hands(tls)
         if self._link is not None:
-            self._read(self._link)
+            self._read(tls, self._link)
 
     def eof_received(self) -> bool:
         self._lose(f"{self._name()} ended the connection without a goodbye", "its process has probably died; look at its log")
@@ -182,6 +201,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._finishing = True
         self._timer.cancel()
         del self._setup.connections[self]
+        if self._accepted_by is not None:
+            self._accepted_by.disconnected(self)
         self._ended.set_result(None)
 
     def pause_writing(self) -> None:
@@ -194,16 +215,21 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     # ---- inside ----
 
-    def _shake_hands(self) -> None:
+    def _stream(self) -> TlsStream:
+        if self._tls is None:
+            self._tls = TlsStream(self._context, server_side=self._accepted_by is not None)
+        return self._tls
+
+    def _shake_hands(self, tls: TlsStream) -> None:
         try:
-            done = self._tls.shake_hands()
-            self._send_outgoing()
+            done = tls.shake_hands()
+            self._send(tls.take_outgoing())
             if not done:
                 return
-            peer = self._tls.peer
+            peer = tls.peer
             self._expect(peer)
         except ssl.SSLError as error:
-            self._send_outgoing()  # the alert that says why
+            self._send(tls.take_outgoing())  # the alert that says why
             self._lose(
                 f"{self._name()} does not speak TLS 1.3 as a node does: {_reason(error)}",
                 "is the port right, and is that a node of this swarm?",
@@ -218,25 +244,24 @@ class TcpConnection(asyncio.BufferedProtocol):
             peer,
             self,
             self._setup.links,
-            dialled=self._dialled,
+            dialled=self._accepted_by is None,
             greet_by=self._greet_by,
             on_greeted=lambda link, error: self._greeted(link if error is None else None, error),
         )
 
-    def _read(self, link: FrameLink) -> None:
+    def _read(self, tls: TlsStream, link: FrameLink) -> None:
         try:
-            chunks = self._tls.read()
+            chunks = tls.read()
         except ssl.SSLError as error:
-            self._send_outgoing()
+            self._send(tls.take_outgoing())
             self._lose(f"{self._name()} broke TLS: {_reason(error)}", "it refused our key, or something on the way garbles it")
             return
-        self._send_outgoing()
+        self._send(tls.take_outgoing())
         link.on_bytes(chunks, sum(map(len, chunks)) + RECORD_BYTES * len(chunks))
-        if self._tls.peer_said_goodbye:
+        if tls.peer_said_goodbye:
             self._lose(f"{self._name()} closed the link", "it was stopped, or no longer needs this link")
 
-    def _send_outgoing(self) -> None:
-        data = self._tls.take_outgoing()
+    def _send(self, data: bytes) -> None:
         if data and self._transport is not None:
             self._transport.write(data)
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from farflung.core.errors import FarflungError, LinkOverloaded
+from farflung.core.units import Bytes
 from farflung.transport.link import Buffer, Priority
 from farflung.wire.fragment import fragments, size_in_fragments
 
@@ -88,12 +90,16 @@ class Schedule(Generic[L]):
 
     Args:
         most_begun: frames of one link and priority that may be begun and not ended.
+
+    Attributes:
+        bytes: of frames that are not written to their end, of all links.
     """
 
     def __init__(self, most_begun: int = MOST_BEGUN) -> None:
         self._most_begun = most_begun
         self._turns: tuple[_Line[L], ...] = tuple(OrderedDict() for _ in Priority)
         self._links: dict[L, _LinkLanes[L]] = {}
+        self.bytes = 0
 
     @property
     def idle(self) -> bool:
@@ -105,10 +111,15 @@ class Schedule(Generic[L]):
         own = self._links.get(link)
         return own.bytes if own else 0
 
+    def heaviest(self) -> L | None:
+        """The link with the most bytes queued."""
+        return max(self._links, key=self.queued_bytes, default=None)
+
     def push(self, link: L, channel: int, priority: Priority, size: int, frame: Iterator[Fragment]) -> None:
         """Queues a frame of ``size`` bytes, given as its fragments (at least one)."""
         own = self._of(link)
         own.bytes += size
+        self.bytes += size
         lane = own.lanes.get(channel)
         if lane is None:
             lane = own.lanes[channel] = _Lane(own, channel)
@@ -151,6 +162,7 @@ class Schedule(Generic[L]):
         """Forgets all that is queued for the link."""
         own = self._links.pop(link, None)
         if own is not None:
+            self.bytes -= own.bytes
             for lane in own.lanes.values():
                 lane.place.pop(lane, None)
 
@@ -198,6 +210,7 @@ class Schedule(Generic[L]):
         lane.counts[first.priority] -= 1
         lane.is_begun = False
         own.bytes -= first.size
+        self.bytes -= first.size
         self._free_slot(lane)
         if lane.frames:
             lane.urgency = next(priority for priority in Priority if lane.counts[priority])
@@ -229,11 +242,19 @@ class Sender(Protocol):
     def drained(self) -> None:
         """Nothing is queued for the link any more."""
 
+    def end(self, error: FarflungError) -> None:
+        """Ends the link at once; it calls ``Uplink.drop``."""
+
 
 class Uplink:
-    """The one uplink of a node, shared by its links. Lives on one event loop."""
+    """The one uplink of a node, shared by its links. Lives on one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        max_bytes: that may wait for all links. Over it the link that most wait for is ended: it is the one that does not read.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._schedule: Schedule[Sender] = Schedule()
         self._turn_is_due = False
 
@@ -249,6 +270,8 @@ class Uplink:
             link.transmit(next(frame))
             return
         self._schedule.push(link, channel, priority, size, frame)
+        if not self._shed(link):
+            return
         if not link.writable:
             self._schedule.hold(link)
         elif not self._turn_is_due:
@@ -263,6 +286,22 @@ class Uplink:
     def drop(self, link: Sender) -> None:
         """The link is gone."""
         self._schedule.drop(link)
+
+    def _shed(self, link: Sender) -> bool:
+        """Keeps to the limit. Returns whether ``link`` lived."""
+        while self._schedule.bytes > self._max_bytes:
+            heaviest = self._schedule.heaviest()
+            if heaviest is None:
+                break
+            queued = self._schedule.queued_bytes(heaviest)
+            heaviest.end(
+                LinkOverloaded(
+                    f"{Bytes(self._schedule.bytes)} wait to be sent, at most {Bytes(self._max_bytes)} may; "
+                    f"{Bytes(queued)} of it are for this peer, the most",
+                    hint="the peer or the path to it is slower than what is sent",
+                )
+            )
+        return self._schedule.queued_bytes(link) > 0
 
     def _turn(self) -> None:
         self._turn_is_due = False
