@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from farflung.core.errors import CodecError
-from farflung.wire.codec import CODEC_NAMES, MAX_WIDTH, codec
+from farflung.wire.codec import CODEC_NAMES, MAX_WIDTH, SLOW_ROW_S, choose_codec, codec
 from farflung.wire.floats import Float32, round_to_bf16, widen
 from farflung.wire.int8 import BLOCK, LIMIT, MAX_OUTLIER_BITS, MAX_SCALE_BITS, OUTLIERS, layout
 
@@ -290,3 +290,43 @@ def test_an_unknown_codec_is_refused_with_those_there_are() -> None:
     with pytest.raises(CodecError, match="'int9'") as caught:
         codec("int9")
     assert "int8" in caught.value.hint
+
+
+def test_an_edge_takes_the_first_allowed_codec_that_the_other_end_speaks() -> None:
+    assert choose_codec(("int4", "int8"), ("fp32", "int8"), width=4096) == "int8"
+    assert choose_codec(("bf16", "int8"), CODEC_NAMES, width=4096) == "bf16"
+    assert choose_codec(("from next year", "bf16"), ("from next year", "bf16"), width=4096) == "bf16"
+
+
+def test_a_link_too_slow_for_the_preferred_codec_takes_the_next_smaller_one() -> None:
+    def at(rate_bytes_per_s: float | None) -> str:
+        return choose_codec(("bf16", "fp32", "int8"), CODEC_NAMES, width=4096, rate_bytes_per_s=rate_bytes_per_s)
+
+    assert at(None) == at(0.0) == at(8192 / SLOW_ROW_S) == "bf16"
+    assert at(8191 / SLOW_ROW_S) == "int8"
+    assert at(1.0) == "int8"  # nothing is fast enough: the smallest
+
+
+codec_sets = st.sets(st.sampled_from(CODEC_NAMES), min_size=1)
+
+
+@given(st.permutations(CODEC_NAMES), codec_sets, st.floats(1, 1e9), st.integers(1, 20_000))
+def test_what_is_preferred_to_the_chosen_codec_is_not_spoken_or_too_slow(
+    allowed: list[str], theirs: set[str], rate_bytes_per_s: float, width: int
+) -> None:
+    def is_slow(name: str) -> bool:
+        return codec(name).row_bytes(width) > rate_bytes_per_s * SLOW_ROW_S
+
+    chosen = choose_codec(allowed, theirs, width=width, rate_bytes_per_s=rate_bytes_per_s)
+    assert chosen in theirs
+    if is_slow(chosen):
+        assert all(codec(name).row_bytes(width) >= codec(chosen).row_bytes(width) for name in theirs)
+    else:
+        assert all(is_slow(name) for name in theirs.intersection(allowed[: allowed.index(chosen)]))
+
+
+def test_no_codec_in_common_is_refused_with_both_lists() -> None:
+    for allowed, theirs in ((("int8",), ("fp32",)), ((), ("fp32",)), (("int8",), ()), (("unknown",), ("unknown",))):
+        with pytest.raises(CodecError, match="no codec in common") as caught:
+            choose_codec(allowed, theirs, width=64)
+        assert "int8" in caught.value.hint

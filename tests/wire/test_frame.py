@@ -15,20 +15,49 @@ from hypothesis import strategies as st
 
 from farflung.core.errors import FarflungError, FrameTooLarge, MalformedFrame, ProtocolViolation, VersionMismatch
 from farflung.core.ids import NodeId, SessionId
-from farflung.core.messages import Answer, Attach, Close, Credit, Fault, Hello, Message, Open, Ping, Pong, Report, Window
+from farflung.core.messages import (
+    Answer,
+    Attach,
+    Close,
+    Credit,
+    Evicted,
+    Fault,
+    Grant,
+    Have,
+    Hello,
+    Message,
+    Open,
+    Ping,
+    Pong,
+    Renew,
+    Report,
+    StageTime,
+    Trouble,
+    Window,
+)
+from farflung.core.sampling import TokenLogprob
 from farflung.core.window import Commit, SlotRun, SlotSpan
 from farflung.wire.fragment import fragments
 from farflung.wire.frame import MAX_BUFFERS, PROTOCOL_VERSION, Buffer, decode_frame, encode_frame, frame_size
+from fuzz.seeds import MESSAGES
 
 small = st.integers(0, 2**20)
 spans = st.builds(SlotSpan, small, st.integers(1, 300))
 runs = st.tuples(small, st.integers(1, 300), small).map(lambda run: SlotRun(run[0] + run[2] + 1, run[1], run[2]))
 rates = st.floats(0, 1e12)
+timelines = st.none() | st.lists(st.builds(StageTime, rates, rates, rates, small, rates), max_size=3).map(tuple)
+logprobs = st.builds(TokenLogprob, st.floats(-1e3, 0), st.lists(st.tuples(small, st.floats(-1e3, 0)), max_size=3).map(tuple))
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Hello, st.tuples(small, small), st.lists(st.text(), max_size=3).map(tuple), st.lists(st.text()).map(tuple)),
+    st.builds(
+        Hello,
+        st.tuples(small, small),
+        st.lists(st.text(), max_size=3).map(tuple),
+        st.lists(st.text()).map(tuple),
+        st.binary(max_size=64),
+    ),
     st.builds(Ping, st.integers(0, 2**63)),
     st.builds(Pong, st.integers(0, 2**63), rates),
-    st.builds(Open, st.binary(), st.binary(max_size=64)),
+    st.builds(Open, st.binary(), st.binary(max_size=64), st.text(), st.booleans()),
     st.builds(Attach, st.text("0123456789abcdef", min_size=32, max_size=32).map(SessionId)),
     st.builds(
         Window,
@@ -36,28 +65,30 @@ messages: st.SearchStrategy[Message] = st.one_of(
         st.lists(runs, max_size=4).map(tuple),
         st.lists(spans, max_size=4).map(tuple),
         st.none() | st.builds(Commit, small, st.lists(spans, max_size=4).map(tuple)),
+        small,
+        timelines,
     ),
-    st.builds(Answer, st.lists(spans).map(tuple), st.lists(small).map(tuple), small, small, rates),
+    st.builds(
+        Answer,
+        st.lists(spans).map(tuple),
+        st.lists(small).map(tuple),
+        small,
+        small,
+        small,
+        st.lists(logprobs, max_size=3).map(tuple),
+        timelines,
+    ),
     st.builds(Credit, st.integers(0, 2**40)),
     st.builds(Fault, st.text(max_size=64).map(NodeId), st.text(), st.text(), st.text()),
+    st.builds(Trouble, st.text(max_size=64).map(NodeId), st.text(), st.text(), st.text()),
+    st.builds(Have, small, small, st.lists(spans, max_size=4).map(tuple), small),
+    st.builds(Grant, small),
+    st.builds(Evicted, small),
+    st.builds(Renew),
     st.builds(Close, st.text()),
     st.builds(Report, st.text(max_size=64).map(NodeId), small, small, rates, small, small, rates, small),
 )
 buffers = st.lists(st.binary(max_size=300), max_size=MAX_BUFFERS)
-
-EXAMPLES: list[Message] = [
-    Hello((1, 1), ("a",), ("fp32", "bf16")),
-    Ping(7),
-    Pong(7, 1.5e6),
-    Open(b"text", b"signature"),
-    Attach(SessionId("0" * 32)),
-    Window(3, (SlotRun(9, 2, 8),), (SlotSpan(10, 1),), Commit(4, (SlotSpan(8, 1),))),
-    Answer((SlotSpan(10, 1),), (151643,), 5, 1, 2.5),
-    Credit(4176),
-    Fault(NodeId("f" * 64), "stage_lost", "gone", "wait"),
-    Close("done"),
-    Report(NodeId("a" * 64), 3, 4, 1.5, 900, 2, 0.5, 100),
-]
 
 
 def frame(message: Message, buffers: Sequence[Buffer] = ()) -> bytes:
@@ -65,10 +96,10 @@ def frame(message: Message, buffers: Sequence[Buffer] = ()) -> bytes:
 
 
 def test_the_examples_cover_every_message() -> None:
-    assert {type(message) for message in EXAMPLES} == set(get_args(Message))
+    assert {type(message) for message in MESSAGES} == set(get_args(Message))
 
 
-@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_every_message_comes_back_with_its_buffers(message: Message) -> None:
     assert decode_frame(frame(message)) == (message, ())
     decoded, received = decode_frame(frame(message, [b"one", bytearray(b""), memoryview(b"three")]))
@@ -224,6 +255,6 @@ def test_a_decode_window_and_its_answer_take_at_most_60_bytes_on_the_wire() -> N
     slot = 8000
     window = Window(2, (SlotRun(slot, 1, slot - 1),), (SlotSpan(slot, 1),), Commit(slot - 1, (SlotSpan(slot - 1, 1),)))
     token_id = struct.pack("<i", 151_643)
-    answer = Answer((SlotSpan(slot, 1),), (151_643,), slot, 3, 12.34)
+    answer = Answer((SlotSpan(slot, 1),), (151_643,), slot, slot + 1, 3)
     assert on_the_wire(window, [token_id]) <= 60
     assert on_the_wire(answer) <= 60

@@ -1,4 +1,9 @@
-"""What the two ends of a link say first, and whether they understand each other."""
+"""What the two ends of a link say first, and whether they understand each other.
+
+A hello has a range of protocol versions (one must be common), the codecs known (``wire.codec.MANDATORY_CODECS`` are among
+them), and feature bits: words for what may be used beyond the version. A feature is used on a link only where both ends name
+it, and one that is not known is not an error: it belongs to a newer release.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,25 @@ from farflung.core.messages import Hello
 from farflung.wire.codec import CODEC_NAMES
 from farflung.wire.frame import PROTOCOL_VERSION
 
-HELLO = Hello(versions=(PROTOCOL_VERSION, PROTOCOL_VERSION), codecs=CODEC_NAMES)
-"""What this release speaks; all its codecs are mandatory."""
+RESUME = "resume"
+"""A broken line is taken up again: ``Open.asks_have``, ``Have``, resending, ``Trouble``."""
+
+TIMELINE = "timeline"
+"""Windows carry ``timeline`` where the driver asks for it, and stages add to it."""
+
+LOGPROBS = "logprobs"
+"""Answers carry ``logprobs`` where the session asks for them."""
+
+FEATURES = (RESUME, TIMELINE, LOGPROBS)
+"""Of this release."""
+
+HELLO = Hello(versions=(PROTOCOL_VERSION, PROTOCOL_VERSION), features=FEATURES, codecs=CODEC_NAMES)
+"""What this release speaks."""
+
+
+def common_features(ours: Hello, theirs: Hello) -> frozenset[str]:
+    """What may be used between two ends beyond their version."""
+    return frozenset(ours.features) & frozenset(theirs.features)
 
 
 def check_versions(ours: Hello, theirs: Hello, peer: NodeId) -> None:

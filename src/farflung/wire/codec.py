@@ -10,7 +10,7 @@ carries NaN or infinity, in either direction: one such value would poison whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,3 +85,44 @@ def codec(name: str) -> Codec:
     if found is None:
         raise CodecError(f"there is no codec {name[:40]!r}", hint=f"known: {', '.join(CODEC_NAMES)}")
     return found
+
+
+MANDATORY_CODECS = ("fp32", "bf16", "int8")
+"""What every node speaks."""
+
+SLOW_ROW_S = 0.02
+"""A row that takes longer than this is worth a lossier codec. The next one saves about half of it per hop: less than 10 ms is
+within the jitter of ordinary paths and would be paid for with worse text."""
+
+
+def choose_codec(allowed: Sequence[str], theirs: Collection[str], *, width: int, rate_bytes_per_s: float | None = None) -> str:
+    """The codec of one edge, named by the end that opens it.
+
+    It is the first of ``allowed`` that the other end speaks. Where one of its rows takes longer than ``SLOW_ROW_S`` at the
+    measured rate, it is the next one whose rows are smaller and fast enough, or the one with the smallest rows where none is.
+
+    Args:
+        allowed: by the session's owner, in order of preference.
+        theirs: what the other end named in its hello.
+        width: values of a row.
+        rate_bytes_per_s: of the link in the direction of the rows; None or 0 where it was not measured.
+
+    Raises:
+        CodecError: nothing is in both, or the width is out of range.
+    """
+    common = [codec(name) for name in allowed if name in _CODECS and name in theirs]
+    if not common:
+        raise CodecError(
+            f"no codec in common: the session allows {_listed(allowed)}, the next stage speaks {_listed(theirs)}",
+            hint=f"allow one of {', '.join(MANDATORY_CODECS)}, which every node speaks",
+        )
+    if not rate_bytes_per_s:
+        return common[0].name
+    most = rate_bytes_per_s * SLOW_ROW_S
+    fast = (found for found in common if found.row_bytes(width) <= most)
+    return next(fast, min(common, key=lambda found: found.row_bytes(width))).name
+
+
+def _listed(names: Collection[str]) -> str:
+    """Some of a stranger's words, for a message."""
+    return ", ".join(repr(name[:20]) for name in list(names)[:8]) or "none"
