@@ -147,6 +147,12 @@ class TorchBackend:
             raise SessionRefused(f"session {short(spec.session)} is open already")
         if spec.lease_tokens < 1:
             raise SessionRefused(f"a KV lease of {spec.lease_tokens} tokens holds nothing", hint="ask for at least one token")
+        if self._recipe.limit is not None and _context(spec) > self._recipe.limit:
+            raise SessionRefused(
+                f"{self._spec.name} is run here for up to {self._recipe.limit} tokens, not {_context(spec)}: from there on "
+                "its attention goes by chunks",
+                hint="ask for fewer tokens",
+            )
         codec_named(spec.codec)  # raises CodecError for an unknown name
         base = self._extents.reserve(spec.lease_tokens)
         self._sessions[spec.session] = _Session(spec, base, SessionCells(spec.lease_tokens))
@@ -270,7 +276,14 @@ class TorchBackend:
         cells = torch.from_numpy(np.concatenate([piece.rows.cells + piece.session.base for piece in pieces]))
         packed = pieces[0].input[None] if len(pieces) == 1 else torch.cat([piece.input for piece in pieces])[None]
         hidden = self._recipe.entry(packed, positions) if self._recipe.entry is not None else packed
-        return self._recipe.run_layers(hidden, positions, StepAttention(self._kv, cells, PassPlan(segments, self._dtype)))
+        attention = StepAttention(self._kv, cells, PassPlan(segments, self._dtype))
+        return self._recipe.run_layers(hidden, positions, attention, self._contexts(pieces))
+
+    def _contexts(self, pieces: Sequence[_Piece]) -> torch.Tensor | None:
+        """The length that fixes each row's rotary factors; None where they depend on none."""
+        if not self._recipe.by_length:
+            return None
+        return torch.tensor([_context(piece.session.spec) for piece in pieces for _ in piece.rows.slots])
 
     def _finish(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[StageResult]:
         """Results of windows whose activations, each [rows, width], have passed the layers."""
@@ -359,6 +372,10 @@ def _ids(item: StageWork, count: int) -> torch.Tensor | FarflungError:
     if ids.shape != (count,):
         return MalformedFrame(f"{count} slots came with {ids.size} token ids")
     return torch.from_numpy(ids.astype(np.int64))
+
+
+def _context(spec: SessionSpec) -> int:
+    return spec.context_tokens or spec.lease_tokens
 
 
 def _is_out_of_memory(error: Exception) -> bool:
