@@ -46,7 +46,8 @@ def _learn(stage: StageModule) -> Recipe:
         if hasattr(module, "config"):
             module.config._attn_implementation = ATTENTION
     ids, positions = torch.arange(_PROBE_ROWS)[None], torch.arange(_PROBE_ROWS)[None]
-    probe = ProbeAttention(_PROBE_ROWS, context_of(stage))
+    context = context_of(stage)
+    probe = ProbeAttention(_PROBE_ROWS, context)
     recorder = _Recorder(stage, probe)
     start = {"input_ids": ids} if stage.is_first else {"inputs_embeds": random_rows(stage, _PROBE_ROWS)}
     try:
@@ -64,7 +65,9 @@ def _learn(stage: StageModule) -> Recipe:
     entry = None if stage.embed is None else _entry(stage, stage.embed, ids, recorder.first_input)
     exit_ = _Exit(stage) if stage.is_last else None
     limits = [reach.limit for reach in probe.reach.values() if reach.limit is not None]
-    calls = tuple(_with_window(call, index, probe) for index, call in enumerate(recorder.layers, stage.layer_range.start))
+    calls = tuple(
+        _with_window(call, index, probe, context) for index, call in enumerate(recorder.layers, stage.layer_range.start)
+    )
     return Recipe(entry, tuple(recorder.rotaries), calls, probe.shapes, exit_, min(limits, default=None))
 
 
@@ -74,10 +77,10 @@ def context_of(stage: StageModule) -> int:
     return found if isinstance(found, int) and found > 1 else 2**15
 
 
-def _with_window(call: LayerCall, layer: int, probe: ProbeAttention) -> LayerCall:
+def _with_window(call: LayerCall, layer: int, probe: ProbeAttention, context: int) -> LayerCall:
     """Attention goes by the window that the layer names; where only the mask has one, the layer is handed its width."""
     reach, named = probe.reach[layer], probe.windows[layer]
-    if reach.window == named or reach == Reach(limit=named):
+    if reach.window == named or reach == Reach(limit=named) or (reach == Reach() and named is not None and named >= context):
         return call
     if named is None:
         return LayerCall(call.layer, {**call.arguments, "sliding_window": reach.window}, call.past)

@@ -43,7 +43,7 @@ def self_check(stage: StageModule, recipe: Recipe) -> None:
             off = (found - after).float().norm(dim=-1)
             added = (after - before).float().norm(dim=-1)
             rounding = 4 * torch.finfo(after.dtype).eps * after.float().norm(dim=-1)
-            bad = ~(off <= _TOLERANCE[stage.dtype] * added + rounding)
+            bad = ~(off <= _TOLERANCE[stage.dtype] * added + rounding) & torch.isfinite(after).all(-1)
             if bad.float().mean() > _BAD_SHARE:
                 worst = float((off / added.clamp_min(1e-30)).max())
                 raise UnsupportedModel(
