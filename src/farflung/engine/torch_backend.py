@@ -29,7 +29,7 @@ from farflung.engine.loader import StageModule, load_stage
 from farflung.engine.recipe import learn_recipe
 from farflung.engine.segments import BLOCK_ROWS, PassPlan, Segment, max_rows
 from farflung.engine.source import ModelSource, Progress
-from farflung.sampling.sampler import sample_rows
+from farflung.sampling import Sampled, SessionSampler, prepare
 from farflung.wire.codec import codec as codec_named
 from farflung.wire.frame import Buffer
 
@@ -75,9 +75,12 @@ def load_backend(
 
 @dataclass(frozen=True)
 class _Session:
+    """``sampler`` is there at the tail alone."""
+
     spec: SessionSpec
     base: int
     cells: SessionCells
+    sampler: SessionSampler | None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class TorchBackend:
             pack_linears(stage.model)
             block_linears(stage.model)
         self._recipe = learn_recipe(stage)
+        if self._is_last:
+            prepare(spec.vocab_size)
         self._kv = KvTensors(self._recipe.shapes, config.kv_tokens, stage.dtype)
         self._extents = Extents(config.kv_tokens)
         self._sessions: dict[SessionId, _Session] = {}
@@ -154,8 +159,12 @@ class TorchBackend:
                 hint="ask for fewer tokens",
             )
         codec_named(spec.codec)  # raises CodecError for an unknown name
+        biased = max((token for token, _ in spec.sampling.logit_bias), default=0)
+        if biased >= self._spec.vocab_size:
+            raise SessionRefused(f"logit_bias names token {biased}, the vocabulary has {self._spec.vocab_size}")
         base = self._extents.reserve(spec.lease_tokens)
-        self._sessions[spec.session] = _Session(spec, base, SessionCells(spec.lease_tokens))
+        sampler = SessionSampler(spec.sampling, spec.prompt_tokens) if self._is_last else None
+        self._sessions[spec.session] = _Session(spec, base, SessionCells(spec.lease_tokens), sampler)
 
     def close(self, session: SessionId) -> None:
         found = self._sessions.pop(session, None)
@@ -203,7 +212,7 @@ class TorchBackend:
                         raise ProtocolViolation(f"session {short(item.session)} is not open here")
                     if isinstance(rows, FarflungError):
                         raise rows
-                    parts.append(_Part(index, session, item, rows, session.cells.apply(item.runs, item.commit)))
+                    parts.append(_Part(index, session, item, rows, _apply(session, item)))
                 except FarflungError as error:
                     failed(index, error)
             for part in parts:
@@ -307,7 +316,11 @@ class TorchBackend:
             return [
                 StageResult(session=session, error=found)
                 if isinstance(found, FarflungError)
-                else StageResult(session=session, tokens=tuple(found))
+                else StageResult(
+                    session=session,
+                    tokens=tuple(sampled.token for sampled in found),
+                    logprobs=tuple(sampled.logprob for sampled in found if sampled.logprob is not None),
+                )
                 for session, found in zip(sessions, tokens, strict=True)
             ]
         coded = encode_each([part.session.spec.codec for part in parts], hidden)
@@ -318,13 +331,13 @@ class TorchBackend:
             for session, found in zip(sessions, coded, strict=True)
         ]
 
-    def _answer(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[list[int] | FarflungError]:
+    def _answer(self, parts: Sequence[_Part], hidden: Sequence[torch.Tensor]) -> list[list[Sampled] | FarflungError]:
         """The token after each wanted slot of each part. All parts share a pass of the head: its weights are read once."""
         wanted: list[tuple[int, int]] = []  # part, row of its window
         for number, part in enumerate(parts):
             row_of = {slot: row for row, slot in enumerate(part.rows.slots)}
             wanted += ((number, row_of[slot]) for slot in part.work.want)
-        answers: list[list[int] | FarflungError] = [[] for _ in parts]
+        answers: list[list[Sampled] | FarflungError] = [[] for _ in parts]
         for start in range(0, len(wanted), HEAD_ROWS):
             some = wanted[start : start + HEAD_ROWS]
             logits = self._logits(torch.stack([hidden[number][row] for number, row in some]))
@@ -346,12 +359,14 @@ class TorchBackend:
             raise ProtocolViolation(f"layers {self._range} have no head")
         return self._recipe.exit(hidden[None])[0].float()
 
-    def _sample(self, part: _Part, rows: Sequence[int], logits: torch.Tensor) -> list[int]:
+    def _sample(self, part: _Part, rows: Sequence[int], logits: torch.Tensor) -> list[Sampled]:
         """The token after each of ``rows`` of the part's window, whose logits are fp32 [rows, vocab]."""
+        slots = tuple(part.rows.slots[row] for row in rows)
         if self._config.on_logits is not None:
-            self._config.on_logits(part.work.session, tuple(part.rows.slots[row] for row in rows), logits)
-        next_positions = [int(part.rows.positions[row]) + 1 for row in rows]
-        return sample_rows(logits.numpy(), part.session.spec.sampling, next_positions)
+            self._config.on_logits(part.work.session, slots, logits)
+        if part.session.sampler is None:
+            raise ProtocolViolation(f"layers {self._range} are no tail")
+        return part.session.sampler.sample(logits.numpy(), slots, [int(part.rows.positions[row]) for row in rows])
 
     @contextmanager
     def _memory_checked(self) -> Iterator[None]:
@@ -365,6 +380,16 @@ class TorchBackend:
                 f"layers {self._range} have not enough memory for a window: {str(error).partition(chr(10))[0]}",
                 hint="send shorter windows, or choose a node with more memory",
             ) from error
+
+
+def _apply(session: _Session, item: StageWork) -> NewRows:
+    """Grows the session's tree by a window, and what its sampler knows of it."""
+    if session.sampler is None:
+        return session.cells.apply(item.runs, item.commit)
+    session.sampler.check(item.token_ids, sum(run.count for run in item.runs))
+    rows = session.cells.apply(item.runs, item.commit)
+    session.sampler.advance(rows.slots, item.token_ids, session.cells.tree)
+    return rows
 
 
 def _ids(item: StageWork, count: int) -> torch.Tensor | FarflungError:

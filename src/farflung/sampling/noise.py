@@ -108,6 +108,12 @@ def noise_words(key: NoiseKey, position: int, token_ids: Ids) -> Words:
     return found
 
 
+def prepare(vocab_size: int) -> None:
+    """Loads and compiles what rows of that many logits will need, so that the first of them need not wait for it."""
+    if vocab_size >= _MANY:
+        words_kernel()
+
+
 def gumbel(words: Words) -> NDArray[np.float64]:
     """-log(-log(u)) with u = (k + 1/2) / 2^32: standard Gumbel noise, always finite, and greater for a greater k.
 

