@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from farflung.core.errors import ProtocolViolation
+from farflung.core.ids import SessionId
 from farflung.engine.backend import StageBackend
-from farflung.node.scheduling import Waiting, choose_batch
+from farflung.node.scheduling import Pace, Waiting, choose_batch
 from farflung.node.stage_session import StageSession
 from farflung.node.table import SessionTable
+from farflung.protocol.stage_state import PendingWindow
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """``max_step_rows``: see ``choose_batch``."""
+    """How steps are filled.
 
-    max_step_rows: int = 256
+    Attributes:
+        pace: see ``choose_batch``.
+        decoding_s: a session that decoded so lately is expected to do so again.
+    """
+
+    pace: Pace = field(default_factory=Pace)
+    decoding_s: float = 3.0
+
+    def with_curve(self, curve_ms: Mapping[int, float]) -> ComputeConfig:
+        """Paced by a measured T-curve, milliseconds by rows."""
+        return replace(self, pace=replace(self.pace, curve_ms=tuple(sorted(curve_ms.items()))))
 
 
 async def compute_forever(table: SessionTable, backend: StageBackend, config: ComputeConfig) -> None:
@@ -23,31 +37,52 @@ async def compute_forever(table: SessionTable, backend: StageBackend, config: Co
 
     Raises FarflungError where a step fails as a whole: the node can no longer serve.
     """
+    loop = asyncio.get_running_loop()
+    decoding = Decoding(config.decoding_s)
     while True:
         await table.wake.wait()
-        batch = _batch(table.ready_sessions, config)
-        if not batch:
+        ready = {session.id: session for session in table.ready_sessions}
+        waiting = [_waiting(session, pending) for session in ready.values() if (pending := session.state.ready) is not None]
+        if not waiting:
             table.wake.clear()
             continue
+        decoding.seen(waiting, loop.time())
+        chosen = choose_batch(waiting, config.pace, decoding.rows)
+        batch = [ready[choice.session] for choice in chosen]
         for session in batch:
             table.taken(session)
-        report = await backend.step([session.start_step() for session in batch])
+        work = [session.start_step(choice.rows) for session, choice in zip(batch, chosen, strict=True)]
+        report = await backend.step(work)
         if len(report.results) != len(batch):
             raise ProtocolViolation(f"the backend returned {len(report.results)} results for {len(batch)} windows")
         queue_rows = table.queue_rows - sum(session.state.queue[0].window.rows for session in batch if not session.over)
+        step_rows = sum(run.count for item in work for run in item.runs)
         for session, result in zip(batch, report.results, strict=True):
-            session.finish_step(result, report.compute_s * 1e3, queue_rows)
+            session.finish_step(result, report.compute_s * 1e3, step_rows, queue_rows)
 
 
-def _batch(sessions: list[StageSession], config: ComputeConfig) -> list[StageSession]:
-    by_id = {session.id: session for session in sessions}
-    return [by_id[chosen] for chosen in choose_batch(_waiting(sessions), config.max_step_rows)]
+class Decoding:
+    """Remembers for ``memory_s`` seconds how many rows interactive sessions decode at a time."""
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self._last: dict[SessionId, tuple[int, float]] = {}  # rows, when; oldest first
+
+    def seen(self, waiting: Iterable[Waiting], now_s: float) -> None:
+        """What waits now."""
+        for item in waiting:
+            if item.is_decode and not item.is_batch:
+                self._last.pop(item.session, None)
+                self._last[item.session] = item.rows, now_s
+        while self._last and now_s - next(iter(self._last.values()))[1] > self._memory_s:
+            del self._last[next(iter(self._last))]
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self._last.values())
 
 
-def _waiting(sessions: list[StageSession]) -> list[Waiting]:
-    found = []
-    for session in sessions:
-        pending = session.state.ready
-        if pending is not None:
-            found.append(Waiting(session.id, pending.window.rows, pending.window.is_decode))
-    return found
+def _waiting(session: StageSession, pending: PendingWindow) -> Waiting:
+    window = pending.window
+    is_whole = window.is_decode or not window.rows or not pending.is_splittable
+    return Waiting(session.id, window.rows, is_whole, session.opening.text.batch)

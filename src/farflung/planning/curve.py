@@ -23,3 +23,19 @@ def time_ms(curve: Sequence[tuple[int, float]], tokens: int) -> float:
             return low_ms + (high_ms - low_ms) * (tokens - low) / (high - low)
     last_tokens, last_ms = curve[-1]
     return last_ms * tokens / last_tokens
+
+
+def tokens_within(curve: Sequence[tuple[int, float]], ms: float) -> int:
+    """The most tokens such that one step of them, or of fewer, takes at most ``ms`` by ``time_ms``; 0 where one is too many.
+
+    Args:
+        curve: as for ``time_ms``. A measured one may fall somewhere; what counts is where it first exceeds ``ms``.
+        ms: milliseconds.
+    """
+    if curve[0][1] > ms:
+        return 0
+    for (low, low_ms), (high, high_ms) in pairwise(curve):
+        if high_ms > ms:
+            return low + int((high - low) * (ms - low_ms) / (high_ms - low_ms))
+    last_tokens, last_ms = curve[-1]
+    return max(last_tokens, int(last_tokens * ms / last_ms)) if last_ms > 0 else last_tokens
