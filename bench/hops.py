@@ -114,7 +114,7 @@ async def ring_ms(url: str, stages: int, tokens: int) -> list[float]:
             random_bytes=secrets.token_bytes,
         )
         swarm = await stack.enter_async_context(Swarm(spec_of(stages), None, ports))
-        generation = swarm.generate([1, 2, 3], GenerateOptions(max_tokens=tokens, codec="bf16", ignore_eos=True))
+        generation = swarm.generate([1, 2, 3], GenerateOptions(max_tokens=tokens, codecs=("bf16",), ignore_eos=True))
         async for _ in generation:
             pass
         return [1e3 * time_s for time_s in generation.stats.inter_token_s]

@@ -44,7 +44,7 @@ async def measure(model: str, stages: int, tokens: int, repeats: int) -> dict[st
     from farflung.cli.processes import processes
     from farflung.session import GenerateOptions, Swarm
 
-    options = GenerateOptions(max_tokens=tokens, codec="int8", ignore_eos=True)
+    options = GenerateOptions(max_tokens=tokens, codecs=("int8",), ignore_eos=True)
     rates: dict[str, list[float]] = {"ring": [], **{f"plain_{threads}": [] for threads in THREADS}}
     async with processes() as group:
         directory = await group.start(

@@ -15,7 +15,7 @@ from farflung.core.errors import DigestMismatch, DirectoryUnreachable, LayersMis
 from farflung.session import GenerateOptions, Swarm
 from farflung.session.sync import connect
 
-FP32 = GenerateOptions(max_tokens=16, codec="fp32", ignore_eos=True)
+FP32 = GenerateOptions(max_tokens=16, codecs=("fp32",), ignore_eos=True)
 PROMPT = list(range(5, 25))
 
 
@@ -48,7 +48,7 @@ def test_over_tls_three_stages_generate_what_the_whole_model_does(model: Path, d
 
 
 def test_the_driver_costs_at_most_200_bytes_a_token(model: Path, directory_url: str) -> None:
-    options = GenerateOptions(max_tokens=100, codec="int8", ignore_eos=True)
+    options = GenerateOptions(max_tokens=100, codecs=("int8",), ignore_eos=True)
 
     async def run() -> tuple[float, float]:
         async with Swarm.connect(directory_url, str(model)) as swarm:
@@ -80,7 +80,9 @@ def test_stop_strings_end_the_text_before_them(model: Path, directory_url: str) 
     with connect(directory_url, str(model)) as swarm:
         whole = swarm.generate("the fox", FP32).text()
         middle = whole[len(whole) // 2 : len(whole) // 2 + 2]
-        generation = swarm.generate("the fox", GenerateOptions(max_tokens=16, codec="fp32", ignore_eos=True, stop=(middle,)))
+        generation = swarm.generate(
+            "the fox", GenerateOptions(max_tokens=16, codecs=("fp32",), ignore_eos=True, stop=(middle,))
+        )
         assert generation.text() == whole[: whole.index(middle)]
         assert generation.finish_reason == "stop"
 

@@ -26,7 +26,7 @@ from farflung.session.options import GenerateOptions
 from farflung.transport.memory import LinkShape
 
 PROMPT = tuple(range(5, 45))
-FP32 = GenerateOptions(max_tokens=24, codec="fp32", ignore_eos=True, chunk_tokens=16)
+FP32 = GenerateOptions(max_tokens=24, codecs=("fp32",), ignore_eos=True, chunk_tokens=16)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_sessions_share_the_nodes_and_each_generates_as_when_alone(model: Path) 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(model: Path) -> None:
     def sampled(seed: int) -> GenerateOptions:
         sampling = SamplingOptions(temperature=0.9, top_p=0.95, seed=seed)
-        return GenerateOptions(max_tokens=24, codec="fp32", ignore_eos=True, sampling=sampling)
+        return GenerateOptions(max_tokens=24, codecs=("fp32",), ignore_eos=True, sampling=sampling)
 
     async def run(cuts: tuple[int, ...]) -> list[list[int]]:
         async with world(WorldConfig(model=model, cuts=cuts)) as made:
@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(model: Path)
 def test_lossy_codecs_carry_a_generation(model: Path, codec: str) -> None:
     async def run() -> int:
         async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
-            return len(await ids_of(made, GenerateOptions(max_tokens=8, codec=codec, ignore_eos=True)))
+            return len(await ids_of(made, GenerateOptions(max_tokens=8, codecs=(codec,), ignore_eos=True)))
 
     assert run_virtual(run()) == 8
 
@@ -192,16 +192,16 @@ def test_aclose_frees_the_stages_though_nobody_iterates_on(model: Path) -> None:
     run_virtual(run())
 
 
-def test_a_session_that_only_sends_heartbeats_loses_its_lease(model: Path) -> None:
+def test_a_generation_that_is_over_holds_no_lease_while_nobody_reads_it(model: Path) -> None:
     async def run() -> None:
         async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
-            options = GenerateOptions(max_tokens=1, codec="fp32", ignore_eos=True)
+            options = GenerateOptions(max_tokens=1, codecs=("fp32",), ignore_eos=True)
             generation = made.swarm.generate(PROMPT, options)
             tokens = aiter(generation)
             await anext(tokens)
-            assert all(made.kv_in_use())
-            await asyncio.sleep(130)
-            assert made.kv_in_use() == [0, 0, 0]
+            await made.settle()
+            assert [token.id is not None async for token in tokens] == []
+            assert generation.finish_reason == "length"
 
     run_virtual(run())
 
@@ -232,7 +232,7 @@ def test_a_node_that_died_unnoticed_is_gone_round(model: Path) -> None:
     run_virtual(run())
 
 
-def test_the_links_of_two_stages_breaking_names_both_ends(model: Path) -> None:
+def test_two_stages_that_cannot_reach_each_other_any_more_are_both_named(model: Path) -> None:
     async def run() -> FarflungError:
         async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
             started = asyncio.Event()
@@ -240,6 +240,7 @@ def test_the_links_of_two_stages_breaking_names_both_ends(model: Path) -> None:
             await started.wait()
             first, second = made.nodes[0].node_id, made.nodes[1].node_id
             made.network.cut(first, second)
+            made.network.silence(first, second)
             error = await task
             await made.settle()
             assert first[:8] in error.message
@@ -278,11 +279,11 @@ def test_a_node_that_dies_mid_generation_is_named_at_once_and_the_others_free_th
     assert isinstance(error, StageLost)
     assert node_id[:8] in error.message
     assert error.hint
-    assert took_s < 1
+    assert took_s < 2
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_node_that_falls_silent_is_noticed_within_three_seconds(model: Path, victim: int) -> None:
+def test_a_node_that_falls_silent_is_given_up_within_ten_seconds(model: Path, victim: int) -> None:
     async def run() -> tuple[FarflungError, float]:
         loop = asyncio.get_running_loop()
         async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
@@ -301,7 +302,7 @@ def test_a_node_that_falls_silent_is_noticed_within_three_seconds(model: Path, v
 
     error, took_s = run_virtual(run())
     assert isinstance(error, StageLost)
-    assert took_s < 3
+    assert took_s < 10
 
 
 def test_missing_layers_are_named_with_the_command_that_adds_them(model: Path) -> None:

@@ -80,7 +80,7 @@ def chat(
         check_speculation(speculate)
         check_codec(codec)
         sampling = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
-        options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codec=codec)
+        options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codecs=(codec,))
         driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)
         with _connected(driver) as (loop, swarm):
             _converse(out, loop, swarm, options, [{"role": "system", "content": system}] if system else [])

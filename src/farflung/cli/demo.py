@@ -164,7 +164,7 @@ async def _generate(out: Output, options: DemoOptions, url: str) -> tuple[Genera
 
     async with Swarm.connect(url, options.model) as swarm:
         ids = swarm.tokenizer.encode(options.prompt)
-        generation = swarm.generate(ids, GenerateOptions(max_tokens=options.max_tokens, codec="fp32"))
+        generation = swarm.generate(ids, GenerateOptions(max_tokens=options.max_tokens, codecs=("fp32",)))
         end_ids = sorted({*swarm.spec.eos_token_ids, *swarm.tokenizer.eos_token_ids})
         await stream(out, generation, options.prompt)
     out.note(summary(generation.stats))

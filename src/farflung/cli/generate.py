@@ -72,7 +72,7 @@ def generate(
             max_tokens=max_tokens,
             sampling=SamplingOptions(temperature=temperature, top_p=top_p, seed=seed),
             stop=tuple(stop or ()),
-            codec=codec,
+            codecs=(codec,),
             ignore_eos=ignore_eos,
         )
         driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)

@@ -20,6 +20,7 @@
     │   └── BadSignature            a signature that does not fit its text
     ├── LinkError                   talking to one peer
     │   ├── Unreachable             no connection, within the deadline, on any address
+    │   │   └── NobodyListens       the machine is there and says that nothing listens: the process is gone
     │   ├── LinkLost                a connection that was up and is gone
     │   ├── LinkOverloaded          a bounded queue is full
     │   └── AddressInUse            the port to listen on is taken
@@ -127,6 +128,9 @@ class LinkError(FarflungError): ...
 
 
 class Unreachable(LinkError): ...
+
+
+class NobodyListens(Unreachable): ...
 
 
 class LinkLost(LinkError): ...

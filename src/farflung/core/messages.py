@@ -121,17 +121,17 @@ class StageTime(Struct, frozen=True, array_like=True):
     """What became of one window at one stage. Durations in ms: there is no common clock.
 
     Attributes:
-        wire_ms: from the stage (or driver) before, as estimated there: half the round trip, and its bytes at the link's rate.
+        wire_ms: on its way from the stage (or driver) before: half of the link's round trip, as measured.
         queue_ms: from its arrival to the step that took it.
         step_ms: that step, and ``step_rows`` the rows it computed, other sessions' included.
-        held_ms: from the step's end until it went on: waiting for credit.
+        bytes_per_s: the rate at which the next stage has seen this one's bytes arrive; 0: not measured, or there is none.
     """
 
     wire_ms: float
     queue_ms: float
     step_ms: float
     step_rows: int
-    held_ms: float = 0.0
+    bytes_per_s: float = 0.0
 
 
 class Window(Struct, frozen=True, array_like=True, tag=5):

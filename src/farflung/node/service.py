@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import structlog
@@ -16,6 +16,7 @@ from farflung.engine.backend import StageBackend
 from farflung.identity.keys import Identity
 from farflung.node.admission import Admission
 from farflung.node.compute import ComputeConfig, compute_forever
+from farflung.node.log_budget import LogBudget, LogConfig
 from farflung.node.quotas import Quotas
 from farflung.node.stage_session import StageSession
 from farflung.node.table import SessionTable, TableConfig
@@ -45,6 +46,7 @@ class NodeConfig:
         dial_timeout_s: how long to find and dial it in all.
         admission: whose sessions it takes.
         quotas: how much of it one driver may have.
+        log: room for what stages sent, so that it can be sent again.
     """
 
     listen: str = "127.0.0.1:0"
@@ -57,6 +59,7 @@ class NodeConfig:
     dial_timeout_s: float = 2.5
     admission: Admission = field(default_factory=Admission)
     quotas: Quotas = field(default_factory=Quotas)
+    log: LogConfig = field(default_factory=LogConfig)
     table: TableConfig = field(default_factory=TableConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
@@ -88,10 +91,20 @@ class Node:
     def __init__(self, config: NodeConfig, ports: NodePorts) -> None:
         self._config = config
         self._ports = ports
-        self._admission = config.admission
         backend = ports.backend
         self._pool = LinkPool(ports.transport, self._addresses_of, self._on_new_line, dial_timeout_s=config.dial_timeout_s)
-        self._table = SessionTable(config.table, self.node_id, backend, self._pool, clock=ports.clock, connect=self._connect)
+        self._logs = LogBudget(config.log)
+        self._table = SessionTable(
+            replace(config.table, quotas=config.quotas),
+            self.node_id,
+            backend,
+            self._pool,
+            logs=self._logs,
+            admission=config.admission,
+            clock=ports.clock,
+            random=ports.random,
+            connect=self._connect,
+        )
         self._roster = Roster(ports.directory, Query(model=backend.spec.digest, beside=backend.layers))
         self._announcer = Announcer(
             AnnouncerConfig(ttl_s=config.record_ttl_s),
@@ -122,7 +135,7 @@ class Node:
 
     def admit(self, admission: Admission) -> None:
         """Judges openings by it from now on; sessions that are open go on."""
-        self._admission = admission
+        self._table.admission = admission
 
     async def start(self) -> None:
         """Listens, and announces this node once. Raises AddressInUse, DirectoryUnreachable, RecordRefused."""
@@ -158,7 +171,8 @@ class Node:
             self._listener = await self._ports.transport.listen(self._config.listen, self._pool.adopt)
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                compute = group.create_task(compute_forever(self._table, self._ports.backend, self._config.compute))
+                paced = self._config.compute.with_curve(self._config.t_curve_ms)
+                compute = group.create_task(compute_forever(self._table, self._ports.backend, paced))
                 async with self._roster, self._announcer:
                     for background in (self._roster, self._announcer):
                         group.create_task(background.ended())  # should one fail, so does the node, loudly
@@ -183,6 +197,7 @@ class Node:
                 await self._listener.close()
             await self._pool.close()
             await self._ports.transport.close()
+            self._logs.close()
 
     def _on_new_line(self, line: Line, frame: Frame) -> None:
         self._table.on_new_line(line, frame)

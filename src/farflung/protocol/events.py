@@ -13,11 +13,12 @@ Payload = bytes | memoryview
 @dataclass(frozen=True)
 class WindowReceived:
     """A window from the predecessor with its buffers: token ids at the first stage, coded rows at the others, and beside them
-    token ids where sampling needs them (else empty)."""
+    token ids where sampling needs them (else empty). ``at_s``: when, on the loop's clock."""
 
     window: Window
     payload: Payload
     ids: Payload = b""
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True)

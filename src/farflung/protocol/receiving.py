@@ -90,7 +90,7 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
         event = only(state, event, window, places)
     wanted = state.wanted.union(slot for span in window.want for slot in span)
     wanted = frozenset(slot for slot in wanted if slot == tree.root or slot in tree.alive)
-    pending = PendingWindow(window, event.payload, event.ids, tree, cost)
+    pending = PendingWindow(window, event.payload, event.ids, tree, cost, event.at_s)
     return replace(state, tree=tree, wanted=wanted, queue=(*state.queue, pending)), repeated
 
 

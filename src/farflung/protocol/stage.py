@@ -101,7 +101,7 @@ def _start(state: StageState, max_rows: int) -> StageState:
     window, places = keep_rows(pending.window, state.tree.holds)
     if places is not None:
         event = only(state, WindowReceived(pending.window, pending.payload, pending.ids), window, places)
-        pending = PendingWindow(window, event.payload, event.ids, pending.tree, pending.credit_bytes)
+        pending = PendingWindow(window, event.payload, event.ids, pending.tree, pending.credit_bytes, pending.at_s)
     if window.rows > max_rows and is_committed_path(window):
         parts = _cut(state, pending, max(1, max_rows))
         return replace(state, computing=True, queue=(*parts, *rest))
@@ -114,9 +114,9 @@ def _cut(state: StageState, pending: PendingWindow, rows: int) -> Iterator[Pendi
     tree, _ = state.computed.add(first.runs)
     if first.commit is not None:
         tree, _ = tree.commit(first.commit)
-    yield PendingWindow(first, pending.payload[:size], pending.ids[:id_size], tree, size + id_size)
+    yield PendingWindow(first, pending.payload[:size], pending.ids[:id_size], tree, size + id_size, pending.at_s)
     rest = pending.credit_bytes - size - id_size
-    yield PendingWindow(second, pending.payload[size:], pending.ids[id_size:], pending.tree, rest)
+    yield PendingWindow(second, pending.payload[size:], pending.ids[id_size:], pending.tree, rest, pending.at_s)
 
 
 def _finish(state: StageState, event: StepDone) -> Transition:
@@ -127,9 +127,9 @@ def _finish(state: StageState, event: StepDone) -> Transition:
     if event.time is not None and window.timeline is not None:
         window = replace(window, timeline=(*window.timeline, event.time))
     state = replace(state, queue=tuple(rest), computing=False, receiver=receiver, computed=pending.tree)
-    effects: tuple[StageEffect, ...] = (ReturnCredit(returned),) if returned else ()
-    if settled is not None:
-        effects = (settled, *effects)
+    effects: tuple[StageEffect, ...] = () if settled is None else (settled,)
+    if returned:
+        effects += (ReturnCredit(returned),)
     if state.out is not None:
         state, sent = _flushed(replace(state, out=outgoing.push(state.out, window, state.computed)))
         return state, (*sent, *effects)

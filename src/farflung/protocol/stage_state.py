@@ -29,6 +29,7 @@ class PendingWindow:
         window, payload, ids: without the slots that were dead when it came.
         tree: the tree after it.
         credit_bytes: what it cost of the predecessor's credit.
+        at_s: when it came, on the loop's clock.
     """
 
     window: Window
@@ -36,6 +37,7 @@ class PendingWindow:
     ids: Payload
     tree: TokenTree
     credit_bytes: int
+    at_s: float = 0.0
 
     @property
     def is_splittable(self) -> bool:

@@ -13,16 +13,18 @@ class GenerateOptions:
     max_tokens: the most tokens to generate.
     sampling: how the tail chooses them.
     stop: strings that end the text; they are not part of it.
-    codec: how rows are coded between stages: ``int8``, ``bf16`` or ``fp32``.
+    codecs: how rows may be coded between stages, in order of preference: ``fp32``, ``bf16``, ``int8``, ``int4``.
     ignore_eos: go on past the model's end-of-text token (for measurements).
     chunk_tokens: prompt tokens per window.
+    batch: it can wait: stages serve interactive sessions first.
     answer_timeout_s: the longest wait for one token; prefill of a long prompt included.
     """
 
     max_tokens: int = 64
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()
-    codec: str = "int8"
+    codecs: tuple[str, ...] = ("int8",)
     ignore_eos: bool = False
     chunk_tokens: int = 128
+    batch: bool = False
     answer_timeout_s: float = 120.0

@@ -11,24 +11,35 @@ from farflung.transport.lines import Line
 @dataclass
 class StageLine:
     """Attributes:
-    line: to the stage.
-    sent_before, received_before: what its link had carried when the line was taken.
+    line: to the stage; None while there is none.
+    bytes_sent, bytes_received: over the links of its lines so far, TLS included, heartbeats apart; the line in use comes on
+        top when it is let go. Other lines of these links count too.
     report: the stage's last word, once it is here.
+    complete_from: the stage's log has all rows from that position on.
     """
 
-    line: Line
-    sent_before: int
-    received_before: int
+    line: Line | None = None
+    bytes_sent: int = 0
+    bytes_received: int = 0
     report: Report | None = None
+    complete_from: int = 0
 
-    @classmethod
-    def over(cls, line: Line) -> StageLine:
-        return cls(line, *_carried(line))
+    def take(self, line: Line) -> None:
+        """A line that is up."""
+        self.line = line
+        sent, received = _carried(line)
+        self.bytes_sent -= sent
+        self.bytes_received -= received
 
-    def carried(self) -> tuple[int, int]:
-        """Bytes sent and received over the link since, TLS included, heartbeats apart. Other lines of it count too."""
+    def let_go(self) -> None:
+        """Releases the line, if there is one."""
+        if self.line is None:
+            return
         sent, received = _carried(self.line)
-        return sent - self.sent_before, received - self.received_before
+        self.bytes_sent += sent
+        self.bytes_received += received
+        self.line.release()
+        self.line = None
 
 
 def _carried(line: Line) -> tuple[int, int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
 from farflung.core.ids import NodeId
-from farflung.core.messages import Report
+from farflung.core.messages import Report, StageTime
 from farflung.core.model import LayerRange
 from farflung.core.route import Route
 
@@ -56,6 +57,8 @@ class GenerationStats:
         rounds: windows sent that wanted an answer.
         bytes_sent, bytes_received: of this driver's links during the generation, TLS included, heartbeats apart.
         stages: one per stage that reported, in route order; known at the end.
+        timelines: of some windows, what became of them at every stage, in route order; the newest last.
+        reconnects: broken lines to stages that were taken up again.
     """
 
     route: Route | None = None
@@ -68,6 +71,8 @@ class GenerationStats:
     bytes_sent: int = 0
     bytes_received: int = 0
     stages: list[StageStats] = field(default_factory=list)
+    timelines: deque[tuple[StageTime, ...]] = field(default_factory=lambda: deque(maxlen=64))
+    reconnects: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -20,10 +20,11 @@ from farflung.engine.open_model import open_source
 from farflung.identity.keys import Identity
 from farflung.identity.swarm_key import SwarmKey
 from farflung.planning.routes import RouteOptions, choose_route
-from farflung.protocol.driver import FIRST_EPOCH, GenerationPlan, plan_generation
-from farflung.protocol.opening import OPENING_VALID_S
+from farflung.protocol.driver import GenerationPlan, plan_generation
+from farflung.protocol.opening import LEASE_S, OPENING_VALID_S
 from farflung.session.generation import Generation, GenerationSetup
 from farflung.session.options import GenerateOptions
+from farflung.session.ring import RingPorts
 from farflung.session.text_output import TextOutput
 from farflung.swarm.directory import Directory
 from farflung.swarm.http_client import HttpDirectory, HttpDirectoryConfig
@@ -47,7 +48,7 @@ class DriverPorts:
         transport: links under that key.
         directory: who serves what.
         clock: wall clock, seconds since 1970.
-        random_bytes: for session ids.
+        random_bytes: for session ids, and waits between tries.
         swarm_key: of the private swarm, which every opening proves.
     """
 
@@ -170,8 +171,11 @@ class Swarm:
         )
         return Generation(
             GenerationSetup(
-                identity=self._ports.identity,
-                pool=self._pool,
+                ring=RingPorts(
+                    identity=self._ports.identity,
+                    pool=self._pool,
+                    random=Random(int.from_bytes(self._ports.random_bytes(8))),  # noqa: S311 - waits between tries
+                ),
                 opening=self._opening(plan_generation(plan, self.spec), options),
                 plan=plan,
                 output=TextOutput(
@@ -221,12 +225,15 @@ class Swarm:
                 session=session,
                 owner=owner,
                 route=await self.route(plan.lease_tokens, avoid),
-                epoch=FIRST_EPOCH,
                 lease_tokens=plan.lease_tokens,
+                lease_s=LEASE_S,
                 expires_unix_s=expires_unix_s,
                 digest=self.spec.digest,
-                codec=options.codec,
+                codecs=options.codecs,
                 sampling=options.sampling,
+                prompt_tokens=len(plan.prompt),
+                max_tokens=plan.max_tokens,
+                batch=options.batch,
                 proof=b"" if key is None else key.open_proof(owner, session, expires_unix_s),
             )
 

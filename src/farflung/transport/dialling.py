@@ -11,6 +11,7 @@ from farflung.core.errors import (
     IdentityError,
     LinkError,
     LinkLost,
+    NobodyListens,
     NotAdmitted,
     Unreachable,
     VersionMismatch,
@@ -119,7 +120,8 @@ def _why(peer: NodeId, addresses: Sequence[str], failures: dict[str, FarflungErr
         return Unreachable(f"no address of node {short(peer)} is known", hint="it has not announced itself, or no longer does")
     reasons = "; ".join(f"{address}: {failures.get(address, f'no answer within {timeout_s:.1f} s')}" for address in addresses)
     hints = [error.hint for error in failures.values() if error.hint and isinstance(error, LinkError)]
-    return Unreachable(
+    gone = len(failures) == len(set(addresses)) and all(isinstance(error, NobodyListens) for error in failures.values())
+    return (NobodyListens if gone else Unreachable)(
         f"node {short(peer)} cannot be reached ({reasons})",
         hint=hints[0] if hints else "is it running, and does a firewall let this port through?",
     )
