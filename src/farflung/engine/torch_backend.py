@@ -163,7 +163,7 @@ class TorchBackend:
         if biased >= self._spec.vocab_size:
             raise SessionRefused(f"logit_bias names token {biased}, the vocabulary has {self._spec.vocab_size}")
         base = self._extents.reserve(spec.lease_tokens)
-        sampler = SessionSampler(spec.sampling, spec.prompt_tokens) if self._is_last else None
+        sampler = SessionSampler(spec.sampling, spec.prompt_tokens, self._spec.vocab_size) if self._is_last else None
         self._sessions[spec.session] = _Session(spec, base, SessionCells(spec.lease_tokens), sampler)
 
     def close(self, session: SessionId) -> None:

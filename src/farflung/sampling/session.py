@@ -26,17 +26,22 @@ class Sampled(NamedTuple):
 class SessionSampler:
     """Told of every window in order, whether or not it wants an answer."""
 
-    def __init__(self, options: SamplingOptions, prompt_tokens: int) -> None:
+    def __init__(self, options: SamplingOptions, prompt_tokens: int, vocab_size: int) -> None:
         self._options = options
+        self._vocab_size = vocab_size
         self._history = TokenHistory(prompt_tokens) if options.needs_history else None
 
     def check(self, ids: NDArray[np.int32] | None, rows: int) -> None:
-        """Raises MalformedFrame where a window of ``rows`` slots lacks the token ids that ``advance`` needs."""
+        """Raises MalformedFrame where a window of ``rows`` slots comes with other token ids than ``advance`` needs."""
+        if self._history is None:
+            return
         count = 0 if ids is None else ids.size
-        if self._history is not None and count != rows:
+        if count != rows:
             raise MalformedFrame(
                 f"{rows} slots came with {count} token ids", hint="with penalties the ids of every window go to the tail too"
             )
+        if ids is not None and count and not (0 <= int(ids.min()) and int(ids.max()) < self._vocab_size):
+            raise MalformedFrame(f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {self._vocab_size}")
 
     def advance(self, slots: Sequence[int], ids: NDArray[np.int32] | None, tree: TokenTree) -> None:
         """See ``TokenHistory.advance``; ``ids`` have passed ``check``."""
