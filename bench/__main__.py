@@ -11,6 +11,7 @@ BENCHES = (
     ["-m", "bench.hops"],
     ["-m", "farflung", "bench", "stage", "--model", "qwen2.5-coder-0.5b"],
     ["-m", "bench.loopback"],
+    ["-m", "bench.many"],
 )
 
 for arguments in BENCHES:
