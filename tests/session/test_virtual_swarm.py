@@ -272,7 +272,7 @@ def test_a_node_that_dies_mid_generation_is_named_at_once_and_the_others_free_th
             made.network.crash(made.nodes[victim].node_id)
             error = await task
             took_s = loop.time() - at_s
-            await made.settle()
+            await made.settle(12)  # the victim waits ten seconds for its owner
             return error, took_s, made.nodes[victim].node_id
 
     error, took_s, node_id = run_virtual(run())
@@ -297,7 +297,7 @@ def test_a_node_that_falls_silent_is_given_up_within_ten_seconds(model: Path, vi
                     made.network.silence(made.nodes[victim].node_id, other)
             error = await task
             took_s = loop.time() - at_s
-            await made.settle()
+            await made.settle(12)  # the victim waits ten seconds for its owner
             return error, took_s
 
     error, took_s = run_virtual(run())

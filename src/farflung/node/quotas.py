@@ -64,7 +64,7 @@ def check_session(quotas: Quotas, asked: Asked, *, of_owner: Usage, of_all: Usag
             f"driver {who} has {of_owner.sessions} sessions open here, the limit for one", hint="close some first"
         )
     share = int(quotas.kv_share_per_owner * kv_tokens)
-    if of_owner.kv_tokens + asked.kv_tokens > share:
+    if share < kv_tokens and of_owner.kv_tokens + asked.kv_tokens > share:
         raise SessionRefused(
             f"driver {who} holds {of_owner.kv_tokens} tokens of KV here and asks for {asked.kv_tokens} more: "
             f"one driver may hold {share} of {kv_tokens}",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from farflung.core.errors import LinkError, NobodyListens
-from farflung.core.ids import NodeId
+from farflung.core.errors import LinkError, NobodyListens, Unreachable
+from farflung.core.ids import NodeId, short
 from farflung.swarm.backoff import Backoff, BackoffConfig
 from farflung.transport.lines import Line, LineHandler, LinkPool
 
@@ -51,8 +51,9 @@ async def dial_again(
     started_s = loop.time()
     backoff = Backoff(config.backoff, random)
     while (peer := wanted()) is not None:
+        left_s = config.give_up_after_s - (loop.time() - started_s)
         try:
-            line = await pool.line(peer, handler)
+            line = await _line_within(pool, handler, peer, left_s if patient else None)
         except LinkError as error:
             wait_s = backoff.next_s()
             most_s = config.gone_after_s if isinstance(error, NobodyListens) else config.give_up_after_s
@@ -64,3 +65,13 @@ async def dial_again(
             return line
         line.release()
     return None
+
+
+async def _line_within(pool: LinkPool, handler: LineHandler, peer: NodeId, timeout_s: float | None) -> Line:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await pool.line(peer, handler)
+    except TimeoutError:
+        raise Unreachable(
+            f"node {short(peer)} did not answer again", hint="its machine or the network between is down"
+        ) from None
