@@ -17,7 +17,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from farflung.core.errors import AddressInUse, FarflungError, LinkLost, Unreachable, UsageError
+from farflung.core.errors import AddressInUse, FarflungError, LinkLost, NobodyListens, Unreachable, UsageError
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
 from farflung.identity.swarm_key import SwarmKey
@@ -122,7 +122,7 @@ class MemoryNetwork:
         parse_address(address)
         listener = self._listeners.get(address)
         if listener is None:
-            raise Unreachable("connection refused", hint="the node there has stopped, or listens elsewhere")
+            raise NobodyListens("connection refused", hint="the node there has stopped, or listens elsewhere")
         there, back = self._path(caller, listener.node_id), self._path(listener.node_id, caller)
         for _ in range(2):
             await there.audible()
