@@ -6,12 +6,10 @@ main thread is where line editing and Ctrl-C work on every platform.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
-import threading
-from collections.abc import Coroutine, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,13 +34,13 @@ from farflung.core.errors import FarflungError
 
 if TYPE_CHECKING:
     from farflung.session import GenerateOptions, Swarm
+    from farflung.session.loop_thread import LoopThread
 
 app = typer.Typer()
 
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
 Message = dict[str, str]
-_T = TypeVar("_T")
 
 
 @app.command(
@@ -82,11 +80,13 @@ def chat(
         sampling = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
         options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codecs=(codec,))
         driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)
-        with _connected(driver) as (loop, swarm):
+        from farflung.session.loop_thread import LoopThread
+
+        with LoopThread() as loop, loop.holding(driver.connect()) as swarm:
             _converse(out, loop, swarm, options, [{"role": "system", "content": system}] if system else [])
 
 
-def _converse(out: Output, loop: _LoopThread, swarm: Swarm, options: GenerateOptions, opening: list[Message]) -> None:
+def _converse(out: Output, loop: LoopThread, swarm: Swarm, options: GenerateOptions, opening: list[Message]) -> None:
     messages = list(opening)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -140,82 +140,3 @@ async def _answer(out: Output, swarm: Swarm, messages: list[Message], options: G
 
         out.note(Text(headline(generation.stats), style="dim"))
     return generation.stats.text
-
-
-@contextlib.contextmanager
-def _connected(driver: Driver) -> Iterator[tuple[_LoopThread, Swarm]]:
-    """A swarm whose links live on a loop thread until the block ends."""
-    with _LoopThread() as loop:
-        connection = _Connection(driver)
-        try:
-            swarm = loop.run(connection.open())
-            yield loop, swarm
-        finally:
-            loop.run(connection.close())
-
-
-class _Connection:
-    """Holds a connection open in one task, because what a task enters that task must leave."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._task: asyncio.Task[None] | None = None
-        self._leave = asyncio.Event()
-
-    async def open(self) -> Swarm:
-        opened: asyncio.Future[Swarm] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._hold(opened), name="swarm")
-        waits: set[asyncio.Future[Any]] = {opened, self._task}
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if not opened.done():
-            self._task.result()  # raises why
-        return opened.result()
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._leave.set()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _hold(self, opened: asyncio.Future[Swarm]) -> None:
-        async with self._driver.connect() as swarm:
-            opened.set_result(swarm)
-            await self._leave.wait()
-
-
-class _LoopThread:
-    """An event loop in a thread, for the length of a ``with``."""
-
-    def __enter__(self) -> _LoopThread:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="chat-loop", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """The coroutine's result. Ctrl-C cancels it, waits until it has cleaned up, and is raised then."""
-        ended = threading.Event()
-
-        async def whole() -> _T:
-            try:
-                return await coroutine
-            finally:
-                ended.set()
-
-        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
-        try:
-            while True:
-                try:
-                    return future.result(timeout=0.2)  # on Windows only a wait that ends lets Ctrl-C in
-                except TimeoutError:
-                    if future.done():
-                        raise
-        except KeyboardInterrupt:
-            future.cancel()
-            ended.wait(5.0)
-            raise

@@ -7,65 +7,21 @@ with connect("http://127.0.0.1:7700", "gemma3-270m") as swarm:
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from farflung.identity.keys import Identity
 from farflung.session.generation import Generation, Token
+from farflung.session.loop_thread import LoopThread
 from farflung.session.options import GenerateOptions
 from farflung.session.stats import GenerationStats
 from farflung.session.swarm import Swarm
-
-_T = TypeVar("_T")
-
-UNWIND_TIMEOUT_S = 10.0
-"""How long an interrupted call may take to end in good order."""
-
-
-class _LoopThread:
-    """An event loop in a daemon thread; ``run`` waits for a coroutine there, and cancels it when the wait is interrupted."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._running: set[asyncio.Task[Any] | None] = set()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="farflung-loop", daemon=True)
-        self._thread.start()
-
-    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        future = asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            if future.cancel():  # interrupted: the coroutine must have ended before anything else is asked of it
-                asyncio.run_coroutine_threadsafe(self._until_idle(), self._loop).result(timeout=UNWIND_TIMEOUT_S)
-            raise
-
-    async def _tracked(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        task = asyncio.current_task()
-        self._running.add(task)
-        try:
-            return await coroutine
-        finally:
-            self._running.discard(task)
-
-    async def _until_idle(self) -> None:
-        if running := [task for task in self._running if task is not None]:
-            await asyncio.wait(running)
-
-    def close(self) -> None:
-        self.run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 class SyncGeneration:
     """Iterate over it once. Leaving the loop early cancels the generation at every stage."""
 
-    def __init__(self, generation: Generation, thread: _LoopThread) -> None:
+    def __init__(self, generation: Generation, thread: LoopThread) -> None:
         self._generation = generation
         self._thread = thread
 
@@ -98,7 +54,7 @@ class SyncGeneration:
 class SyncSwarm:
     """What ``connect`` gives."""
 
-    def __init__(self, swarm: Swarm, thread: _LoopThread) -> None:
+    def __init__(self, swarm: Swarm, thread: LoopThread) -> None:
         self._swarm = swarm
         self._thread = thread
 
@@ -114,11 +70,5 @@ class SyncSwarm:
 @contextmanager
 def connect(directory_url: str, model: str, *, identity: Identity | None = None) -> Iterator[SyncSwarm]:
     """See ``Swarm.connect``."""
-    thread = _LoopThread()
-    stack = AsyncExitStack()
-    try:
-        swarm = thread.run(stack.enter_async_context(Swarm.connect(directory_url, model, identity=identity)))
+    with LoopThread() as thread, thread.holding(Swarm.connect(directory_url, model, identity=identity)) as swarm:
         yield SyncSwarm(swarm, thread)
-    finally:
-        thread.run(stack.aclose())
-        thread.close()
