@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from farflung.core.errors import FarflungError
 from farflung.core.ids import NodeId
 from farflung.core.model import LayerRange, ModelSpec
+from farflung.engine.backend import StageBackend
 from farflung.engine.loader import load_stage
 from farflung.engine.open_model import open_source
 from farflung.engine.torch_backend import BackendConfig, TorchBackend
@@ -152,6 +153,7 @@ class WorldConfig:
     kv_tokens: int = 256
     dtype: torch.dtype = torch.float32
     node: NodeConfig = field(default_factory=NodeConfig)
+    wrap: Callable[[StageBackend], StageBackend] = lambda backend: backend
 
 
 @asynccontextmanager
@@ -184,7 +186,7 @@ async def world(config: WorldConfig) -> AsyncGenerator[World, None]:
                 identity=identity,
                 transport=RecordingTransport(network.endpoint(identity.node_id), log),
                 directory=MemoryDirectory(service, random.Random(config.seed + number)),
-                backend=backend,
+                backend=config.wrap(backend),
                 clock=clock,
                 random=random.Random(config.seed * 1000 + number),
             )

@@ -39,7 +39,7 @@ def step(waiting: str, pace: Pace, decoding_rows: int = 0) -> str:
         ("d64 d200 d64'", "d64 d64'"),
         ("d300 d1", "d300"),
         ("d250 p100", "d250 p100:16"),
-        ("D1 d1 P100 p100", "d1 p100 D1 P100"),
+        ("D1 d1 P100 p100", "d1 p100 D1 P100:30"),
         ("P300 p300", "p300:224 P300:32"),
         ("P300 D1 p300", "p300:224 D1 P300:31"),
         ("P300 D1", "D1 P300:255"),
@@ -50,7 +50,8 @@ def step(waiting: str, pace: Pace, decoding_rows: int = 0) -> str:
         "nothing", "decode together", "decode before prompts", "prompts while they fit", "a long prompt is cut",
         "the last one is cut", "a tree that does not fit lets others by", "one tree always goes",
         "some rows of a prompt always go", "interactive before batch", "an eighth is kept for batch",
-        "within batch decode goes first", "batch alone has it all", "batch takes what is left", "some of batch always goes",
+        "within batch decode goes first", "batch alone has it all", "batch takes what decode leaves",
+        "some of batch always goes",
     ],
 )  # fmt: skip
 def test_a_step_holds(waiting: str, chosen: str) -> None:

@@ -2,8 +2,9 @@
 
 Decode goes before prefill, interactive before batch. While interactive sessions decode, a step is kept within a bound on its
 time, from the node's own T-curve, so that a prompt slows them by a stated factor at most; what of the bound decode leaves is
-filled with prompt rows. None starves: whenever prompts wait, some rows of one go along, and whenever batch sessions wait, one
-of theirs goes along. Among equals the longest waiting goes first; who got something waits anew, so that they take turns.
+filled with prompt rows. Batch sessions fill what is left beside decode, but beside interactive prompts they have only a share:
+a fuller step would delay these. None starves: whenever prompts wait, some rows of one go along, and whenever batch sessions
+wait, one of theirs. Among equals the longest waiting goes first; who got something waits anew, so that they take turns.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Pace:
         slowdown: a step in which interactive sessions decode may take so many times what their decode alone takes ...
         slack_ms: ... or so much longer, whichever is more: where decode takes 2 ms, prompts need not creep.
         least_rows: rows of a waiting prompt that go along whatever they cost.
-        batch_share: of the rows that decode leaves, how many are kept for batch sessions while some wait.
+        batch_share: of the rows that decode leaves, what part batch sessions have beside interactive prompts.
     """
 
     curve_ms: tuple[tuple[int, float], ...] = ()
@@ -76,11 +77,9 @@ def choose_batch(waiting: Sequence[Waiting], pace: Pace, decoding_rows: int = 0)
     rows = sum(item.rows for item in first)
     room = room_for_others(pace, rows, max(rows, decoding_rows))
     kept = max(1, int(room * pace.batch_share)) if batch else 0
-    chosen = [*first, *_prefills(interactive, room - kept, pace.least_rows)]
-    left = room - (sum(item.rows for item in chosen) - rows)
-    if batch:
-        chosen += _batch(batch, max(kept, left))
-    return chosen
+    prompts = _prefills(interactive, room - kept, pace.least_rows)
+    others = _batch(batch, kept if prompts else room) if batch else []
+    return [*first, *prompts, *others]
 
 
 def room_for_others(pace: Pace, rows: int, decoding_rows: int) -> int:
