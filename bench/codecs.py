@@ -1,7 +1,7 @@
 """Time of the activation codecs on this machine, one thread: ``python -m bench.codecs [--json]``.
 
 Each figure is the best of several medians, in microseconds per row: what the code costs, not what else the machine did.
-``torch ops`` is int8 by torch's operators, the path of devices that are no CPU, run here on the CPU for comparison.
+``torch ops`` are int8 and int4 by torch's operators, the path of devices that are no CPU, run here on the CPU for comparison.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def measure() -> list[dict[str, object]]:
         coded = torch_codec.encode("bf16", lower)
         add("bf16 tensor", "bf16", "encode", rows, partial(torch_codec.encode, "bf16", lower))
         add("bf16 tensor", "bf16", "decode", rows, partial(torch_codec.decode, "bf16", coded, width, dtype=torch.bfloat16))
-        raw = torch.frombuffer(bytearray(torch_codec.encode("int8", rows)), dtype=torch.uint8).view(n, -1)
-        add("torch ops", "int8", "encode", rows, partial(torch_codec.encode_int8_on_device, rows))
-        add("torch ops", "int8", "decode", rows, partial(torch_codec.decode_int8_on_device, raw, width))
+        for name, on_device in torch_codec.ON_DEVICE.items():
+            raw = torch.frombuffer(bytearray(torch_codec.encode(name, rows)), dtype=torch.uint8).view(n, -1)
+            add("torch ops", name, "encode", rows, partial(on_device.encode, rows))
+            add("torch ops", name, "decode", rows, partial(on_device.decode, raw, width))
     return found
 
 

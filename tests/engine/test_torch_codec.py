@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from farflung.core.errors import CodecError
-from farflung.engine.codec import decode, decode_int8_on_device, encode, encode_int8_on_device
+from farflung.engine.codec import ON_DEVICE, decode, encode
 from farflung.wire.codec import CODEC_NAMES, codec
 from farflung.wire.floats import Float32
 from farflung.wire.int8 import LIMIT
@@ -44,20 +44,23 @@ def test_every_codec_gives_the_same_bytes_and_values(rows: Float32) -> None:
         assert decode(name, coded, width).numpy().tobytes() == codec(name).decode(coded, width).tobytes()
 
 
-@settings(deadline=None)
-@given(st.one_of(rows_of_any_shape, rows_with_ties()))
-def test_int8_by_torch_s_operators_gives_the_same_bytes_and_values(rows: Float32) -> None:
+@pytest.mark.parametrize("name", ON_DEVICE)
+@given(rows=st.one_of(rows_of_any_shape, rows_with_ties()))
+def test_torch_s_operators_give_the_same_bytes_and_values(name: str, rows: Float32) -> None:
     n, width = rows.shape
-    coded = encode_int8_on_device(torch.from_numpy(rows))
-    assert coded == codec("int8").encode(rows)
-    raw = torch.from_numpy(np.frombuffer(coded, np.uint8).reshape(n, codec("int8").row_bytes(width)).copy())
-    assert decode_int8_on_device(raw, width).numpy().tobytes() == codec("int8").decode(coded, width).tobytes()
+    coded = ON_DEVICE[name].encode(torch.from_numpy(rows))
+    assert coded == codec(name).encode(rows)
+    raw = torch.from_numpy(np.frombuffer(coded, np.uint8).reshape(n, codec(name).row_bytes(width)).copy())
+    assert ON_DEVICE[name].decode(raw, width).numpy().tobytes() == codec(name).decode(coded, width).tobytes()
 
 
-def test_wide_rows_by_the_hundred_give_the_same_bytes() -> None:
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_wide_rows_by_the_hundred_give_the_same_bytes(name: str) -> None:
     rows = np.random.default_rng(1).standard_normal((130, 4096), np.float32)
     rows[:, 5] *= 1000
-    assert encode_int8_on_device(torch.from_numpy(rows)) == encode("int8", torch.from_numpy(rows)) == codec("int8").encode(rows)
+    for tensor in (torch.from_numpy(rows), torch.from_numpy(rows).bfloat16()):  # bfloat16: many equal magnitudes
+        coded = codec(name).encode(tensor.float().numpy())
+        assert ON_DEVICE[name].encode(tensor.float()) == encode(name, tensor) == coded
 
 
 @settings(deadline=None)
@@ -99,8 +102,9 @@ def test_a_value_that_is_not_finite_is_refused_with_its_row(name: str, dtype: to
     tensor[3, 129] = bad
     with pytest.raises(CodecError, match=f"row 3 holds {bad} at position 129"):
         encode(name, tensor)
-    with pytest.raises(CodecError, match=f"row 3 holds {bad} at position 129"):
-        encode_int8_on_device(tensor.float())
+    if name in ON_DEVICE:
+        with pytest.raises(CodecError, match=f"row 3 holds {bad} at position 129"):
+            ON_DEVICE[name].encode(tensor.float())
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from farflung.core.errors import CodecError
+from farflung.wire import int4
 from farflung.wire.codec import CODEC_NAMES, MAX_WIDTH, SLOW_ROW_S, choose_codec, codec
 from farflung.wire.floats import Float32, round_to_bf16, widen
 from farflung.wire.int8 import BLOCK, LIMIT, MAX_OUTLIER_BITS, MAX_SCALE_BITS, OUTLIERS, layout
@@ -25,9 +28,9 @@ def normal(n: int, width: int, seed: int = 0) -> Float32:
     return np.random.default_rng(seed).standard_normal((n, width), np.float32)
 
 
-def largest(row: Float32) -> list[int]:
+def largest(row: Float32, count: int = OUTLIERS) -> list[int]:
     """Positions of the outliers by the rule as it is written: greatest magnitude first, of equal ones the first."""
-    return sorted(sorted(range(len(row)), key=lambda position: (-abs(float(row[position])), position))[:OUTLIERS])
+    return sorted(sorted(range(len(row)), key=lambda position: (-abs(float(row[position])), position))[:count])
 
 
 @settings(deadline=None)
@@ -84,12 +87,48 @@ def test_int8_is_within_half_a_scale_and_keeps_the_largest_as_bf16(rows: Float32
             assert scales[block] <= amax / 127 * (1 + 2.0**-7) + 2.0**-133
 
 
+few_values = arrays.arrays(np.float32, shapes, elements=st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 3.5, 500.0]))  # many ties
+
+
+@settings(deadline=None)
+@given(rows_of_any_shape | few_values)
+def test_int4_is_within_a_scale_and_keeps_the_largest_as_bf16(rows: Float32) -> None:
+    n, width = rows.shape
+    coded = codec("int4").encode(rows)
+    decoded = codec("int4").decode(coded, width)
+    assert decoded.shape == rows.shape
+    place = int4.layout(width)
+    for row, back, raw in zip(rows, decoded, np.frombuffer(coded, np.uint8).reshape(n, int4.row_bytes(width)), strict=True):
+        head = raw[: place.head_bytes].copy().view(np.uint16)
+        step = float(widen(head[:1])[0])
+        steps = raw[place.scales].view(np.int8).astype(int)
+        kept = largest(row, int4.OUTLIERS)
+        assert head[place.positions].tolist() == kept
+        assert back[kept].tobytes() == widen(round_to_bf16(row[kept])).tobytes()
+
+        rest = row.astype(np.float64)
+        rest[kept] = 0.0
+        for block in range(place.blocks):
+            values, found = rest[block :: place.blocks], back[block :: place.blocks].astype(np.float64)
+            found[[at for at, position in enumerate(range(block, width, place.blocks)) if position in kept]] = 0.0
+            amax, scale = float(np.abs(values).max(initial=0.0)), abs(steps[block]) * step
+            error = np.abs(found - values)
+            assert error.max(initial=0.0) <= scale * (1 + 2.0**-20)
+            assert (error <= scale * (0.5 + 2.0**-20))[np.abs(values) <= 7 * scale].all()
+            assert amax <= 8 * scale * (1 + 2.0**-20)
+            assert scale <= amax / 8 + step * (1 + 2.0**-20)
+            assert (steps[block] < 0) == (amax > 0 and amax in values)  # the largest becomes -8
+
+
 def test_a_first_token_s_row_keeps_its_precision() -> None:
     rows = normal(1, 4096)
     rows[0, [7, 1000, 2000]] = [3000.0, -2500.0, 1800.0]
     error = np.abs(codec("int8").decode(codec("int8").encode(rows), 4096) - rows)
     error[0, [7, 1000, 2000]] = 0
     assert error.max() < 0.02
+    error = np.abs(codec("int4").decode(codec("int4").encode(rows), 4096) - rows)
+    error[0, [7, 1000, 2000]] = 0
+    assert error.max() < 0.4
 
 
 def test_of_equal_magnitudes_the_first_are_kept() -> None:
@@ -111,6 +150,10 @@ def test_of_equal_magnitudes_the_first_are_kept() -> None:
         ("int8", 129, 129 + 2 * 2 + 16),
         ("int8", 3, 3 + 2 + 12),
         ("int8", 1, 1 + 2 + 4),
+        ("int4", 4096, 2048 + 256 + 2 + 4 * 16),
+        ("int4", 896, 448 + 56 + 2 + 64),
+        ("int4", 33, 3 * 8 + 3 + 2 + 64),
+        ("int4", 1, 8 + 1 + 2 + 4),
     ],
 )
 def test_a_row_has_its_stated_size(name: str, width: int, expected: int) -> None:
@@ -185,6 +228,19 @@ def test_int8_carries_its_limit_and_nothing_above() -> None:
         codec("int8").encode(rows)
 
 
+def test_int4_carries_its_limit_and_nothing_above() -> None:
+    rows = np.full((1, 300), LIMIT, np.float32)
+    coded = codec("int4").encode(rows)
+    place = int4.layout(300)
+    head = np.frombuffer(coded, np.uint8)[: place.head_bytes].copy().view(np.uint16)
+    assert head[0] == int4.MAX_STEP_BITS
+    assert head[place.outliers].tolist() == [int4.MAX_OUTLIER_BITS] * int4.OUTLIERS
+    assert np.isfinite(codec("int4").decode(coded, 300)).all()
+    rows[0, 299] = np.nextafter(np.float32(LIMIT), np.float32(np.inf))
+    with pytest.raises(CodecError, match=r"row 0 .* position 299"):
+        codec("int4").encode(rows)
+
+
 @pytest.mark.parametrize("name", CODEC_NAMES)
 @settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(1, 100))
@@ -246,6 +302,38 @@ def test_a_position_named_twice_is_refused() -> None:
     first = int(head.copy().view(np.uint16)[place.positions][0])
     with pytest.raises(CodecError, match="row 1 "):
         codec("int8").decode(damaged_int8(place.positions.start + 1, first), 130)
+
+
+@pytest.mark.parametrize(
+    ("word", "bits"),
+    [
+        (0, 0x7FC0),  # step: NaN
+        (0, int4.MAX_STEP_BITS + 1),  # so great that a product would overflow
+        (0, 0xBF80),  # negative
+        (16, 130),  # position past the row
+        (1, 129),  # out of order
+        (17, 0xFF80),  # outlier: infinity
+        (32, int4.MAX_OUTLIER_BITS + 1),
+    ],
+)
+def test_an_int4_head_that_no_encoder_writes_is_refused_with_its_row(word: int, bits: int) -> None:
+    size = int4.row_bytes(130)
+    coded = bytearray(codec("int4").encode(normal(2, 130)))
+    coded[size + 2 * word : size + 2 * word + 2] = bits.to_bytes(2, "little")
+    with pytest.raises(CodecError, match="row 1 "):
+        codec("int4").decode(coded, 130)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_allocated(name: str) -> None:
+    data = bytes(codec(name).row_bytes(MAX_WIDTH) + 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match="no whole number"):
+            codec(name).decode(data, MAX_WIDTH)
+        assert tracemalloc.get_traced_memory()[1] < 20_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("name", "size"), [("fp32", 4), ("bf16", 2)])

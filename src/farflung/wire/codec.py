@@ -3,6 +3,7 @@
     fp32    4 bytes a value, exact                                    (wire.floats)
     bf16    2 bytes a value, rounded to nearest, ties to even         (wire.floats)
     int8    about 1 byte a value, largest values of a row kept apart  (wire.int8)
+    int4    about half a byte a value, for desperate links            (wire.int4)
 
 A coded row has a fixed number of bytes, and rows follow one another, so that a log of rows can be cut anywhere. None of them
 carries NaN or infinity, in either direction: one such value would poison whatever it meets.
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farflung.core.errors import CodecError
-from farflung.wire import floats, int8
+from farflung.wire import floats, int4, int8
 from farflung.wire.floats import Bytes, Float32
 from farflung.wire.frame import Buffer
 
@@ -72,6 +73,7 @@ _CODECS = {
         Codec("fp32", lambda width: 4 * width, floats.encode_fp32, floats.decode_fp32),
         Codec("bf16", lambda width: 2 * width, floats.encode_bf16, floats.decode_bf16),
         Codec("int8", int8.row_bytes, int8.encode, int8.decode),
+        Codec("int4", int4.row_bytes, int4.encode, int4.decode),
     )
 }
 
