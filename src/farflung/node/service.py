@@ -133,6 +133,11 @@ class Node:
         """Its sessions, for status and tests."""
         return self._table
 
+    @property
+    def log_memory(self) -> int:
+        """Bytes in memory of what its stages sent and keep."""
+        return self._logs.memory_used
+
     def admit(self, admission: Admission) -> None:
         """Judges openings by it from now on; sessions that are open go on."""
         self._table.admission = admission
