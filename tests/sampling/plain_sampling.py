@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,16 +12,18 @@ from farflung.sampling import Counts
 from farflung.sampling.noise import gumbel, noise_key, noise_words
 
 
-def recount(prompt: list[int], output: list[int]) -> Counts:
+def recount(prompt: Sequence[int], output: Sequence[int]) -> Counts:
     """From scratch."""
     ids = sorted({*prompt, *output})
-    text = prompt + output
+    text = [*prompt, *output]
     return Counts(
         np.array(ids, np.int64), np.array([text.count(i) for i in ids], int), np.array([output.count(i) for i in ids], int)
     )
 
 
-def adjusted(row: NDArray[np.float32], options: SamplingOptions, prompt: list[int], output: list[int]) -> NDArray[np.float32]:
+def adjusted(
+    row: NDArray[np.float32], options: SamplingOptions, prompt: Sequence[int], output: Sequence[int]
+) -> NDArray[np.float32]:
     """Bias, then penalties, token by token."""
     found = row.copy()
     for token, bias in options.logit_bias:
@@ -52,8 +56,8 @@ def kept(logits: NDArray[np.float32], options: SamplingOptions) -> list[int]:
 def probabilities(
     row: NDArray[np.float32],
     options: SamplingOptions,
-    prompt: list[int] = [],
-    output: list[int] = [],  # noqa: B006
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
 ) -> NDArray[np.float64]:
     """Exact chance of each token; the temperature is above 0."""
     logits = adjusted(row, options, prompt, output)
@@ -67,8 +71,8 @@ def token_after(
     row: NDArray[np.float32],
     options: SamplingOptions,
     position: int,
-    prompt: list[int] = [],
-    output: list[int] = [],  # noqa: B006
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
 ) -> int:
     """With noise for every token kept."""
     logits = adjusted(row, options, prompt, output)

@@ -75,7 +75,7 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
     return ((logits - logits.mean()) * (1.5 / logits.std())).astype(np.float32)
 
 
-@pytest.mark.parametrize(("right", "wrong"), CASES, ids=lambda case: " ".join(case))
+@pytest.mark.parametrize(("right", "wrong"), CASES, ids=" ".join)
 def test_samples_fit_the_exact_probabilities_and_not_those_of_other_options(
     row: NDArray[np.float32], right: dict[str, object], wrong: dict[str, object]
 ) -> None:

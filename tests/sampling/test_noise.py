@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farflung.sampling.kernel import words_kernel
 from farflung.sampling.noise import MAX_NOISE, NoiseKey, gumbel, least_word, noise_key, noise_words, philox4x32
 
 # Lines "philox4x32 10" of kat_vectors in Random123 1.14 (counter, key, output).
@@ -64,3 +65,20 @@ def test_every_word_with_enough_noise_is_at_or_above_the_least_word(noise: float
     least = least_word(noise)
     below = np.array([max(0, least - 1)], dtype=np.uint64)
     assert least == 0 or gumbel(below)[0] < noise
+
+
+def test_machine_code_and_numpy_give_the_same_words() -> None:
+    kernel = words_kernel()
+    if kernel is None:
+        pytest.skip("numba is not here, so numpy makes all words")
+    ids = np.random.default_rng(0).integers(0, 2**32, 5000, dtype=np.uint32)
+    for key, position in ((noise_key(0, 0), 0), (noise_key(2**64 - 1, 3), 2**32 - 1), (NoiseKey(2**32 - 1, 2**32 - 1), 17)):
+        found = np.empty_like(ids)
+        kernel(key.low, key.high, position, ids, found)
+        assert np.array_equal(found, noise_words(key, position, ids))  # so few that numpy makes them
+
+
+def test_many_words_are_those_made_one_by_one() -> None:
+    ids = np.arange(40_000, dtype=np.uint32)
+    some = np.concatenate([noise_words(noise_key(3, 0), 9, part) for part in np.array_split(ids, 40)])
+    assert np.array_equal(noise_words(noise_key(3, 0), 9, ids), some)

@@ -32,7 +32,7 @@ class Oracle:
         self.text_of: dict[int, list[int]] = {-1: []}
 
     def window(self, data: st.DataObject) -> tuple[list[int], list[int]]:
-        """Grows the tree by one to three random paths and perhaps commits some of it; the new slots that are not dead, their ids."""
+        """Grows the tree by some random paths and perhaps commits one of its own; the new slots and their ids."""
         runs, ids = [], []
         first = self.tree.next_slot
         parents = [self.tree.root, *self.tree.alive]

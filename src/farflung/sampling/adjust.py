@@ -52,12 +52,11 @@ def adjust(
 
 def _penalise(row: NDArray[np.float32], options: SamplingOptions, counts: Counts) -> None:
     logits = row[counts.ids]
-    with np.errstate(over="ignore"):  # to an infinity, which is refused by name later
-        if options.repetition_penalty != 1.0:
-            by = np.float32(options.repetition_penalty)
-            logits = np.where(counts.in_text > 0, np.where(logits > 0, logits / by, logits * by), logits)
-        if options.frequency_penalty != 0.0:
-            logits = logits - np.float32(options.frequency_penalty) * counts.in_output.astype(np.float32)
-        if options.presence_penalty != 0.0:
-            logits = logits - np.float32(options.presence_penalty) * (counts.in_output > 0).astype(np.float32)
+    if options.repetition_penalty != 1.0:
+        by = np.float32(options.repetition_penalty)
+        logits = np.where(counts.in_text > 0, np.where(logits > 0, logits / by, logits * by), logits)
+    if options.frequency_penalty != 0.0:
+        logits = logits - np.float32(options.frequency_penalty) * counts.in_output.astype(np.float32)
+    if options.presence_penalty != 0.0:
+        logits = logits - np.float32(options.presence_penalty) * (counts.in_output > 0).astype(np.float32)
     row[counts.ids] = logits

@@ -2,6 +2,8 @@
 
 Noise costs far more than reading a logit, so it is computed only for candidates that can still win. Noise never exceeds
 ``MAX_NOISE``, hence a candidate scaled to less than the best score so far minus ``MAX_NOISE`` has lost already. This is exact.
+
+Called with overflow allowed, as ``truncate`` is.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ def draw(candidates: Candidates, greatest: float, temperature: float, key: Noise
     ids, logits = candidates
     if len(ids) <= _FEW:
         return _best(ids, scale(logits, greatest, temperature), noise_words(key, position, ids))[1]
-    with np.errstate(over="ignore"):  # to -inf: then all are in the head
-        floor = np.float32(greatest + _HEAD_FLOOR * temperature)
+    floor = np.float32(greatest + _HEAD_FLOOR * temperature)
     head = np.flatnonzero(logits >= floor)
     winner = _best(ids[head], scale(logits[head], greatest, temperature), noise_words(key, position, ids[head]))
     best = -winner[0]
@@ -53,8 +54,7 @@ def draw(candidates: Candidates, greatest: float, temperature: float, key: Noise
 def _in_reach(logits: NDArray[np.float32], greatest: float, low: float, temperature: float) -> NDArray[np.intp] | None:
     """Indices of at least the logits that are scaled to ``low`` or more; None where those are many."""
     margin = 1e-6 * abs(greatest) + 1e-5 * temperature  # more than rounding to float32 takes away
-    with np.errstate(over="ignore"):
-        above = logits >= np.float32(greatest + low * temperature - margin)
+    above = logits >= np.float32(greatest + low * temperature - margin)
     return None if np.count_nonzero(above) > _DENSE * len(logits) else np.flatnonzero(above)
 
 

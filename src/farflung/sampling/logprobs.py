@@ -20,7 +20,8 @@ def log_probabilities(logits: NDArray[np.float32], tokens: Sequence[int], top: i
         tokens: the token sampled in each row.
         top: how many alternatives, 0 or more.
     """
-    return tuple(_of_row(row, token, top) for row, token in zip(logits, tokens, strict=True))
+    with np.errstate(over="ignore"):
+        return tuple(_of_row(row, token, top) for row, token in zip(logits, tokens, strict=True))
 
 
 def _of_row(row: NDArray[np.float32], token: int, top: int) -> TokenLogprob:

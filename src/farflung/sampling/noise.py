@@ -22,20 +22,18 @@ from farflung.sampling.kernel import words_kernel
 Words = NDArray[np.uint32]
 """32-bit words, one per element."""
 
-WideWords = NDArray[np.uint64]
-"""The same, 64 bits wide, so that a product of two words is exact."""
+Word = Any
+"""uint64, so that a product of two 32-bit words is exact: an array, or an int for all elements (numpy has no such type)."""
 
 Ids = NDArray[np.integer[Any]]
 """Token ids."""
 
 _DOMAIN = b"farflung sampling noise v1\n"
 
-_WORD = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BLOCK = 4096  # words whose intermediate values stay in the first-level cache
+_BLOCK = 16_384  # words whose intermediate values stay in the second-level cache
 _MANY = 16_384  # below, numpy is quick enough and the machine code need not be loaded
 
 MAX_NOISE = 22.8739
@@ -60,26 +58,29 @@ def noise_key(seed: int, choice: int) -> NoiseKey:
     return NoiseKey(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
 
 
-def philox4x32(
-    counter: tuple[WideWords, WideWords, WideWords, WideWords], key: NoiseKey
-) -> tuple[WideWords, WideWords, WideWords, WideWords]:
+def philox4x32(counter: tuple[Word, Word, Word, Word], key: NoiseKey) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10 of many counters under one key.
 
-    The four words broadcast against each other. A word shared by all counters is best given with no dimension: what depends
-    only on such words is computed once.
+    The four words broadcast against each other. What all counters share is given as a plain number: what depends only on such
+    words is computed once.
     """
+    return _rounds(counter, key, _ROUNDS)[0]
+
+
+def _rounds(
+    counter: tuple[Word, Word, Word, Word], key: NoiseKey, count: int
+) -> tuple[tuple[Word, Word, Word, Word], NoiseKey]:
+    """Counter and key after the first ``count`` rounds."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(count):
         product0 = c0 * _MULTIPLIERS[0]
         product1 = c2 * _MULTIPLIERS[1]
-        c0 = (product1 >> _HALF) ^ c1 ^ np.uint64(k0)
-        c1 = product1 & _WORD
-        c2 = (product0 >> _HALF) ^ c3 ^ np.uint64(k1)
-        c3 = product0 & _WORD
+        c0, c1 = (product1 >> 32) ^ c1 ^ k0, product1 & 0xFFFFFFFF
+        c2, c3 = (product0 >> 32) ^ c3 ^ k1, product0 & 0xFFFFFFFF
         k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
         k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
+    return (c0, c1, c2, c3), NoiseKey(k0, k1)
 
 
 def noise_words(key: NoiseKey, position: int, token_ids: Ids) -> Words:
@@ -101,10 +102,10 @@ def noise_words(key: NoiseKey, position: int, token_ids: Ids) -> Words:
     if kernel is not None:
         kernel(key.low, key.high, position, ids, found)
         return found
-    zero, place = np.asarray(0, dtype=np.uint64), np.asarray(position, dtype=np.uint64)
     for start in range(0, len(ids), _BLOCK):
         block = slice(start, start + _BLOCK)
-        found[block] = philox4x32((place, ids[block].astype(np.uint64), zero, zero), key)[0]
+        (_, c1, c2, _), last = _rounds((position, ids[block].astype(np.uint64), 0, 0), key, _ROUNDS - 1)
+        found[block] = ((c2 * _MULTIPLIERS[1]) >> 32) ^ c1 ^ last.low  # of the last round only the first word
     return found
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from farflung.core.errors import StageFailed, UsageError
 from farflung.core.sampling import SamplingOptions
-from farflung.sampling.adjust import adjust, biases
+from farflung.sampling.adjust import Biases, adjust, biases
 from farflung.sampling.draw import draw
 from farflung.sampling.history import Counts
 from farflung.sampling.noise import noise_key
@@ -45,8 +45,19 @@ def sample_rows(
     bias = biases(options)
     if bias is not None and int(bias.ids.max()) >= vocab:
         raise UsageError(f"logit_bias names token {bias.ids.max()}, the vocabulary has {vocab}")
+    with np.errstate(over="ignore"):  # what is too great to scale or penalise becomes infinite: lost, or refused by name
+        return _tokens(logits, options, positions, bias, counts)
+
+
+def _tokens(
+    logits: NDArray[np.float32],
+    options: SamplingOptions,
+    positions: Sequence[int],
+    bias: Biases | None,
+    counts: Sequence[Counts] | None,
+) -> list[int]:
     key = noise_key(options.seed, options.choice)
-    ids = np.arange(vocab if not options.greedy else 0, dtype=np.uint32)
+    ids = np.arange(0 if options.greedy else logits.shape[1], dtype=np.uint32)
     found: list[int] = []
     for index, position in enumerate(positions):
         raw = logits[index]

@@ -40,7 +40,7 @@ class SessionSampler:
             raise MalformedFrame(
                 f"{rows} slots came with {count} token ids", hint="with penalties the ids of every window go to the tail too"
             )
-        if ids is not None and count and not (0 <= int(ids.min()) and int(ids.max()) < self._vocab_size):
+        if ids is not None and count and (int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size):
             raise MalformedFrame(f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {self._vocab_size}")
 
     def advance(self, slots: Sequence[int], ids: NDArray[np.int32] | None, tree: TokenTree) -> None:
