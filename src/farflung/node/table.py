@@ -12,10 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import NamedTuple
 
 from farflung.core.errors import DeadlineExceeded, FarflungError, ProtocolViolation, SessionRefused, StageLost
 from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import Attach, Close, Fault, Open, OpenText
+from farflung.core.route import FIRST_EPOCH
 from farflung.engine.backend import SessionSpec, StageBackend
 from farflung.identity.keys import verify
 from farflung.node.admission import Admission
@@ -53,6 +55,13 @@ class TableConfig:
     max_slots: int = MAX_ALIVE_SLOTS
     reconnect: ReconnectConfig = field(default_factory=ReconnectConfig)
     tombstones: int = 4096
+
+
+class Tombstone(NamedTuple):
+    """How a session ended here, in which epoch of this stage; only a later one may open it again."""
+
+    epoch: int
+    fault: Fault | None
 
 
 class SessionTable:
@@ -95,7 +104,7 @@ class SessionTable:
         self._sessions: dict[SessionId, StageSession] = {}
         self._timers: dict[SessionId, asyncio.TimerHandle] = {}
         self._waiting_owners: dict[tuple[SessionId, NodeId], WaitingOwner] = {}
-        self._tombstones: OrderedDict[SessionId, Fault | None] = OrderedDict()
+        self._tombstones: OrderedDict[SessionId, Tombstone] = OrderedDict()
         self._ready: dict[SessionId, StageSession] = {}
         self.draining = False
         self.wake = asyncio.Event()
@@ -136,7 +145,7 @@ class SessionTable:
         self._ready.pop(session.id, None)
         self._timers.pop(session.id).cancel()
         self._backend.close(session.id)
-        self._bury(session.id, fault)
+        self._bury(session.id, session.opening.hop.epoch, fault)
         if not self._sessions:
             self.empty.set()
 
@@ -215,7 +224,7 @@ class SessionTable:
         if self._stays(session, newer):
             session.adopt(newer)
         else:
-            session.end(StageLost(f"session {short(session.id)} begins anew at node {short(self._node_id)}"))
+            session.end(None)  # it begins anew when the new predecessor brings this opening
 
     def _checked(self, text: OpenText, message: Open) -> Opening:
         config = self._config
@@ -252,8 +261,9 @@ class SessionTable:
         text, config = opening.text, self._config
         check_expiry(text, self._clock())
         if (old := self._sessions.get(text.session)) is not None:
-            old.end(StageLost(f"session {short(text.session)} begins anew at node {short(self._node_id)}"))
-        elif text.session in self._tombstones:
+            old.end(None)  # a higher epoch: the owner wants it to begin anew
+        buried = self._tombstones.get(text.session)
+        if buried is not None and buried.epoch >= opening.hop.epoch:
             raise ProtocolViolation(f"session {short(text.session)} was opened before")
         if self.draining:
             raise SessionRefused(f"node {short(self._node_id)} is about to stop", hint="choose another route")
@@ -312,7 +322,8 @@ class SessionTable:
             try_send(waiting.line, fault)
             waiting.leave()
         if text.route.hop_of(line.peer) is not None:
-            self._bury(text.session, fault)
+            hop = text.route.hop_of(self._node_id)
+            self._bury(text.session, FIRST_EPOCH if hop is None else hop.epoch, fault)
 
     # -- the owner's own line ----------------------------------------------------------------------------------------
 
@@ -326,8 +337,7 @@ class SessionTable:
                 try_send(line, fault_of(fault, self._node_id))
             return
         if message.session in self._tombstones:
-            fault_known = self._tombstones[message.session]
-            try_send(line, fault_known or Close("the session is over"))
+            try_send(line, self._tombstones[message.session].fault or Close("the session is over"))
             return
         if (earlier := self._waiting_owners.get((message.session, line.peer))) is not None:
             earlier.leave()
@@ -369,8 +379,10 @@ class SessionTable:
         """The owner's line does not wait any more."""
         self._waiting_owners.pop((session, owner), None)
 
-    def _bury(self, session: SessionId, fault: Fault | None) -> None:
-        self._tombstones.setdefault(session, fault)
+    def _bury(self, session: SessionId, epoch: int, fault: Fault | None) -> None:
+        buried = self._tombstones.get(session)
+        if buried is None or buried.epoch < epoch:
+            self._tombstones[session] = Tombstone(epoch, fault)
         while len(self._tombstones) > self._config.tombstones:
             self._tombstones.popitem(last=False)
 
