@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from farflung.core.errors import UnsupportedModel
 from farflung.engine.kv_tensors import KvTensors
 from farflung.engine.masks import register_rules
 from farflung.engine.segments import FOLD_ROWS, Group, PassPlan
@@ -152,7 +153,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    farflung: StepAttention | Watcher,
+    farflung: StepAttention | Watcher | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -161,9 +162,11 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer; ``farflung`` is the keyword that the layer was handed."""
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if farflung is None:
+        raise UnsupportedModel("its layers do not hand keywords on to their attention")
     if not isinstance(farflung, StepAttention):
         return farflung.watch(AttentionCall(module, query, key, value, scores, attention_mask, others)), None
-    return farflung.attend(module.layer_idx, query, key, value, scores), None
+    return farflung.attend(module.layer_idx, query, key, value, scores).contiguous(), None  # some families view it
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -35,6 +35,7 @@ class StageModule:
         rotary: ``base``'s modules without weights (rotary embeddings), with their buffers rebuilt.
         embed: first stage only.
         norm, head: last stage only.
+        end: what stands at the place of the norm: the norm itself, or an identity.
         config: the whole model's configuration, held by the attention modules; ``base.config`` is a copy cut to these layers.
         layer_range: which layers.
         dtype: of the weights.
@@ -47,6 +48,7 @@ class StageModule:
     embed: nn.Module | None
     norm: nn.Module | None
     head: nn.Module | None
+    end: nn.Module
     config: Config
     layer_range: LayerRange
     dtype: torch.dtype
@@ -215,6 +217,7 @@ def _cut(model: Skeleton, parts: Anatomy, layers: LayerRange, config: Config, dt
         embed=model.get_submodule(parts.embed) if is_first else None,
         norm=model.get_submodule(parts.norm) if is_last else None,
         head=model.get_submodule(parts.head) if is_last else None,
+        end=model.get_submodule(parts.norm),
         config=config,
         layer_range=layers,
         dtype=dtype,

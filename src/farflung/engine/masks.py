@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AttentionMaskInterface
@@ -18,6 +18,8 @@ from farflung.core.errors import UnsupportedModel
 
 _NEAR = 2**16
 """Positions before a query that are compared one by one."""
+
+_OWN_MASKS = "its layers work on the attention mask themselves (attention that is sparse by an index, or written out)"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class MaskRule:
     def to(self, *_: Any, **__: Any) -> MaskRule:
         """Some models move their mask to a device or type first."""
         return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedModel(_OWN_MASKS)
+
+    def __getitem__(self, _: object) -> NoReturn:
+        raise UnsupportedModel(_OWN_MASKS)
+
+    def __radd__(self, _: object) -> NoReturn:
+        raise UnsupportedModel(_OWN_MASKS)
 
     def reach(self, context: int) -> Reach:
         """For positions below ``context``. Raises UnsupportedModel for a rule that is neither causal, sliding nor in chunks."""

@@ -98,13 +98,16 @@ class _Recorder:
         self._kept: list[Any] = []  # keeps those ids alive
         self._cache = ProbeCache()
         self._last: torch.Tensor | None = None
+        self._ends = 0
         self.rotaries: list[RotaryCall] = []
+        self.used: set[int] = set()
         self.layers: list[LayerCall] = []
         self.first_input: torch.Tensor | None = None
 
     def __enter__(self) -> None:
-        for module in self._stage.rotary:
+        for module in (inner for outer in self._stage.rotary for inner in outer.modules()):
             self._handles.append(module.register_forward_hook(self._on_rotary, with_kwargs=True))
+        self._handles.append(self._stage.end.register_forward_hook(self._on_end))
         for layer in self._stage.layers:
             self._handles.append(layer.register_forward_pre_hook(self._on_layer, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._on_output))
@@ -124,10 +127,17 @@ class _Recorder:
             raise UnsupportedModel("its forward calls none of its layers")
         with torch.inference_mode():
             expected = self._last if self._stage.norm is None else self._stage.norm(self._last)
-        if expected.shape != out.shape or not torch.equal(expected, out):
-            raise UnsupportedModel("it changes activations between the last layer and the final norm")
+        if self._ends != 1 or expected.shape != out.shape or not torch.equal(expected, out):
+            raise UnsupportedModel(
+                f"it does more between layers and head than one final norm (which it calls {self._ends} times)"
+            )
+
+    def _on_end(self, *_: Any) -> None:
+        self._ends += 1
 
     def _on_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not any(isinstance(value, torch.Tensor) and value.dtype == torch.int64 for value in (*args, *kwargs.values())):
+            return  # no positions: a dropout, say
         named = tuple((key, value) for key, value in kwargs.items() if key not in ("x", "position_ids"))
         extra = tuple(value for value in args if not isinstance(value, torch.Tensor))
         index = len(self.rotaries)
@@ -173,6 +183,7 @@ class _Recorder:
     def _constant(self, key: str, value: Any) -> Any:
         """The argument as it is repeated. Raises UnsupportedModel where it belongs to one forward only."""
         if id(value) in self._made:
+            self.used.add(self._made[id(value)].call)
             return self._made[id(value)]
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
@@ -220,7 +231,8 @@ class _Exit:
 
     def __init__(self, stage: StageModule) -> None:
         self._model = _shallow(stage.model)
-        setattr(self._model, stage.model.base_model_prefix, _JustNorm(stage.norm))
+        (place,) = [name for name, child in stage.model.named_children() if child is stage.base]
+        setattr(self._model, place, _JustNorm(stage.norm))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
@@ -234,7 +246,7 @@ class _JustNorm(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.norm = norm or nn.Identity()
 
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))

@@ -49,6 +49,13 @@ def understood(what: str) -> Iterator[None]:
         raise UnsupportedModel(f"transformers cannot make {what} of this configuration: {error}") from error
 
 
+_LACKS = {
+    "num_hidden_layers": "its configuration has no number of layers of its own (it is made of several models)",
+    "max_position_embeddings": "it knows no longest text (its state is recurrent, or its positions are not rotary)",
+}
+"""What it means that a number of the configuration is absent."""
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Names of a skeleton's parts, from the whole model (``model.layers``).
@@ -89,10 +96,18 @@ def build_skeleton(config: Config, attention: str | None = None) -> Skeleton:
             hint="use the original weights or a GGUF file of them",
         )
     layer_count(config)
-    with understood(f"a {config.model_type}"), torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
-        ).eval()
+    try:
+        with understood(f"a {config.model_type}"), torch.device("meta"), no_init_weights():
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+    except UnsupportedModel as error:
+        if attention is not None and isinstance(error.__cause__, LookupError) and error.__cause__.args == (attention,):
+            raise UnsupportedModel(
+                f"family {config.model_type!r} cannot be split: it has attention classes of its own, beside transformers' "
+                "attention interface"
+            ) from error
+        raise
 
 
 def layer_count(config: Config) -> int:
@@ -118,6 +133,8 @@ def anatomy(model: Skeleton) -> Anatomy:
     family, count = config.model_type, layer_count(config)
     names = {id(module): name for name, module in model.named_modules()}
     base, embed, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    if base is model and embed is not None:  # its name for the text model fits another class of the family
+        base = model.get_submodule(names[id(embed)].rpartition(".")[0])
     if base is model or embed is None or head is None:
         raise UnsupportedModel(f"family {family!r} has no text model, embedding and head that can be told apart")
     parts: dict[str, str] = {}
@@ -130,7 +147,7 @@ def anatomy(model: Skeleton) -> Anatomy:
             parts["layers"] = full
         elif "Norm" in type(child).__name__ and "layers" in parts and "norm" not in parts:
             parts["norm"] = full
-        elif (not list(child.parameters()) and not list(child.buffers())) or "Rotary" in type(child).__name__:
+        elif not child.state_dict():
             others.append(full)
         else:
             raise UnsupportedModel(
@@ -171,7 +188,9 @@ def describe(config: Config, name: str, digest: ModelDigest, eos_token_ids: tupl
 
 
 def _number(config: Config, key: str) -> int:
-    value = getattr(config, key, None)
+    with understood("a text model"):
+        value = getattr(config, key, None)
     if not isinstance(value, int) or value <= 0:
-        raise UnsupportedModel(f"the configuration of family {config.model_type!r} has no usable {key}: {value!r}")
+        why = _LACKS.get(key, f"its configuration has no usable {key}: {value!r}")
+        raise UnsupportedModel(f"family {config.model_type!r} cannot be split: {why}")
     return value
