@@ -12,7 +12,7 @@ from link_worlds import numbered
 from farflung.core.errors import FarflungError, LinkLost, Unreachable
 from farflung.core.ids import NodeId
 from farflung.lab.virtual_clock import run_virtual
-from farflung.transport.lines import Line, LinkPool
+from farflung.transport.lines import Line, LinkPool, PoolLimits
 from farflung.transport.link import Frame, Link, Priority
 from farflung.transport.memory import LinkShape, MemoryNetwork
 
@@ -44,12 +44,16 @@ class Quiet:
 class Pair:
     """A pool of node A and the bare transport of node B, both listening, 20 ms apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: PoolLimits | None = None) -> None:
         self.network = MemoryNetwork(random.Random(1), shape=LinkShape(delay_s=0.02))
         self.here, self.there = self.network.endpoint(A), self.network.endpoint(B)
         self.opened: list[Line] = []
-        self.pool = LinkPool(self.here, self.addresses_of, lambda line, frame: self.opened.append(line))
+        self.pool = LinkPool(self.here, self.addresses_of, self.on_new_line, limits=limits)
         self.is_known = True
+
+    def on_new_line(self, line: Line, frame: Frame) -> None:
+        self.opened.append(line)
+        line.bind(Holder())
 
     async def addresses_of(self, peer: NodeId) -> Sequence[str]:
         if not self.is_known:
@@ -68,9 +72,9 @@ class Pair:
         return link
 
 
-def run(scenario: Callable[[Pair], Awaitable[None]]) -> None:
+def run(scenario: Callable[[Pair], Awaitable[None]], limits: PoolLimits | None = None) -> None:
     async def whole() -> None:
-        pair = await Pair().listen()
+        pair = await Pair(limits).listen()
         await scenario(pair)
         await pair.pool.close()
         await asyncio.gather(pair.here.close(), pair.there.close())
@@ -197,3 +201,74 @@ def test_a_frame_opens_a_line_on_a_channel_of_the_peer_and_never_on_one_of_ours(
         assert len(pair.opened) == 1
 
     run(scenario)
+
+
+def test_an_accepted_link_on_which_nothing_is_ever_opened_ends_though_its_peer_pings() -> None:
+    async def scenario(pair: Pair) -> None:
+        link = await pair.dial_back()
+        await asyncio.sleep(20)
+        assert link.is_up
+        await asyncio.sleep(20)
+        assert not link.is_up
+        assert pair.pool.links == []
+
+    run(scenario)
+
+
+def test_a_link_that_was_used_may_rest_for_longer_and_one_in_use_for_ever() -> None:
+    async def scenario(pair: Pair) -> None:
+        link = await pair.dial_back()
+        link.send(link.new_channel(), numbered(1), Priority.DECODE)
+        await asyncio.sleep(5000)
+        assert link.is_up  # something is open on it
+        pair.opened[0].release()
+        await asyncio.sleep(800)
+        assert link.is_up
+        await asyncio.sleep(200)
+        assert not link.is_up
+
+    run(scenario)
+
+
+def test_a_link_that_this_end_dialled_is_kept_warm() -> None:
+    async def scenario(pair: Pair) -> None:
+        line = await pair.pool.line(B, Holder())
+        line.release()
+        await asyncio.sleep(5000)
+        assert line.link.is_up
+
+    run(scenario)
+
+
+def test_where_links_are_too_many_the_one_that_was_idle_longest_makes_room() -> None:
+    async def scenario(pair: Pair) -> None:
+        names = [NodeId(digit * 64) for digit in "1234"]
+        links = []
+        for name in names[:3]:
+            link = await pair.network.endpoint(name).dial(A, ["a:1"])
+            link.start(Quiet())
+            links.append(link)
+            await asyncio.sleep(1)
+        links[0].send(links[0].new_channel(), numbered(1), Priority.DECODE)
+        await asyncio.sleep(1)
+        links.append(await pair.network.endpoint(names[3]).dial(A, ["a:1"]))
+        await asyncio.sleep(1)
+        assert [link.is_up for link in links] == [True, False, True, True]
+        await asyncio.gather(*(link.close() for link in links))
+
+    run(scenario, PoolLimits(links=3))
+
+
+def test_where_all_links_are_in_use_the_newcomer_is_turned_away() -> None:
+    async def scenario(pair: Pair) -> None:
+        links = []
+        for digit in "123":
+            link = await pair.network.endpoint(NodeId(digit * 64)).dial(A, ["a:1"])
+            link.start(Quiet())
+            link.send(link.new_channel(), numbered(1), Priority.DECODE)
+            links.append(link)
+            await asyncio.sleep(1)
+        assert [link.is_up for link in links] == [True, True, False]
+        await asyncio.gather(*(link.close() for link in links))
+
+    run(scenario, PoolLimits(links=2))

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import psutil
 import pytest
 from link_worlds import Node, Recorder, TcpWorld, numbered
 
@@ -21,6 +22,7 @@ from farflung.core.errors import (
     FarflungError,
     FrameTooLarge,
     LinkLost,
+    LinkOverloaded,
     MalformedFrame,
     ProtocolViolation,
     Unreachable,
@@ -28,14 +30,15 @@ from farflung.core.errors import (
     WireError,
 )
 from farflung.core.ids import NodeId
-from farflung.core.messages import Message, Ping, Pong
+from farflung.core.messages import Message, Open, Ping, Pong
 from farflung.identity import Identity, client_context, server_context
 from farflung.transport.address import parse_address
 from farflung.transport.frame_link import FrameLink
 from farflung.transport.gate import GateConfig
 from farflung.transport.hello import HELLO
-from farflung.transport.link import LinkConfig, Priority
-from farflung.transport.tcp import TcpTransport
+from farflung.transport.link import Frame, LinkConfig, Priority
+from farflung.transport.tcp import TcpListener, TcpTransport
+from farflung.transport.tls import TlsStream
 from farflung.wire.fragment import fragments
 from farflung.wire.frame import encode_frame
 
@@ -239,6 +242,138 @@ def test_pings_of_a_peer_that_reads_nothing_pile_nothing_up() -> None:
     attack(scenario)
 
 
+def test_thousands_of_half_open_handshakes_keep_nobody_out_and_take_bounded_memory() -> None:
+    """2,000 sockets of a stranger that say nothing, then half a handshake; an honest peer comes from the same address."""
+
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        stranger = TlsStream(client_context(Identity.generate()), server_side=False)
+        stranger.shake_hands()
+        greeting = stranger.take_outgoing()
+        held: list[socket.socket] = []
+        before = psutil.Process().memory_info().rss
+        try:
+            for number in range(2000):
+                held.append(await connected(victim))
+                if number % 2:
+                    with suppress(OSError):
+                        held[-1].send(greeting)
+            assert isinstance(victim.listener, TcpListener)
+            gate = victim.listener._gate
+            assert gate.greetings <= 64
+            link = await world.node().transport.dial(victim.node_id, [victim.address])
+            assert link.is_up
+            assert gate.greetings <= 64
+            assert psutil.Process().memory_info().rss - before < 32 * 1024**2
+        finally:
+            for one in held:
+                one.close()
+        victim.accepted.clear()
+
+    attack(scenario, GateConfig(burst=5000))
+
+
+def test_an_address_that_connects_too_often_is_turned_away_before_anything_is_spent_on_it() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        held = [await connected(victim) for _ in range(20)]
+        await victim.until(lambda: len(victim.refused) >= 12)
+        assert all("times a second" in str(error) for error in victim.refused[:12])
+        assert isinstance(victim.listener, TcpListener)
+        assert victim.listener._gate.connections == 8
+        for one in held:
+            one.close()
+        await asyncio.sleep(0.5)  # a token or more comes back
+
+    attack(scenario, GateConfig(burst=8, per_s=8.0))
+
+
+def test_a_peer_that_does_not_read_but_shows_life_is_ended_and_holds_up_nobody() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        victim = await world.listening()
+        writer = await slow_reader(victim)
+        try:
+            link, heard = await victim.first_link()
+            for _ in range(40):
+                link.send(1, numbered(1, [bytes(1024**2)]), Priority.DECODE)
+            honest = world.node()
+            other = await honest.transport.dial(victim.node_id, [victim.address])
+            other.start(Recorder())
+            other.send(2, numbered(1), Priority.DECODE)
+            await victim.until(lambda: len(victim.accepted) == 2)
+            await victim.accepted[1][1].until_frames(1)
+            while not heard.lost:
+                writer.write(on_wire(Ping(1)))
+                await asyncio.sleep(0.1)
+            assert "has taken nothing" in str(heard.lost[0])
+            assert other.is_up
+        finally:
+            writer.transport.abort()
+
+    TcpWorld().run(scenario, LinkConfig(heartbeat_s=0.1, dead_after_s=0.5, stuck_after_s=1.0))
+
+
+def test_where_all_links_together_have_too_much_queued_the_one_that_does_not_read_is_ended() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        victim = await world.listening()
+        writer = await slow_reader(victim)
+        try:
+            slow, heard = await victim.first_link()
+            honest = world.node()
+            other = await honest.transport.dial(victim.node_id, [victim.address])
+            there = Recorder()
+            other.start(there)
+            await victim.until(lambda: len(victim.accepted) == 2)
+            back = victim.accepted[1][0]
+            for _ in range(8):
+                slow.send(1, numbered(1, [bytes(1024**2)]), Priority.DECODE)
+            assert slow.is_up
+            for number in range(20):
+                back.send(1, numbered(number, [bytes(1024**2)]), Priority.DECODE)
+                await there.until_frames(number + 1)
+            slow.send(1, numbered(1, [bytes(8 * 1024**2)]), Priority.DECODE)
+            assert isinstance(await heard.until_lost(), LinkOverloaded)
+            assert back.is_up
+        finally:
+            writer.transport.abort()
+
+    TcpWorld().run(scenario, LinkConfig(max_queued_bytes_in_all=12 * 1024**2))
+
+
+async def connected(victim: Node) -> socket.socket:
+    """A bare socket. A blocking one would wait for this very process to accept it."""
+    sock = socket.socket()
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, parse_address(victim.address))
+    return sock
+
+
+async def slow_reader(victim: Node) -> asyncio.StreamWriter:
+    """A link whose other end has stopped reading."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.connect(parse_address(victim.address))
+    _, writer = await asyncio.open_connection(sock=sock, ssl=client_context(Identity.generate()), server_hostname="")
+    writer.write(on_wire(HELLO))
+    await victim.first_link()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    return writer
+
+
+def test_an_address_that_opens_sessions_too_fast_loses_the_link_it_does_it_on() -> None:
+    async def scenario(world: TcpWorld) -> None:
+        here, there = world.node(), await world.listening()
+        link = await here.transport.dial(there.node_id, [there.address])
+        recorder = Recorder()
+        link.start(recorder)
+        for number in range(60):
+            link.send(2 + 2 * number, Frame(Open(b"", b"")), Priority.DECODE)
+        _, heard = await there.first_link()
+        error = await heard.until_lost()
+        assert isinstance(error, LinkOverloaded)
+        assert len(heard.frames) in range(50, 60)
+
+    TcpWorld().run(scenario, LinkConfig(openings_burst=50, openings_per_s=1.0))
+
+
 def test_a_server_that_is_no_node_is_unreachable_with_the_reason() -> None:
     async def scenario(world: TcpWorld) -> None:
         async def chat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -317,7 +452,8 @@ def test_links_go_over_ipv6_where_there_is_any() -> None:
 CHILD = """
 import asyncio, sys
 from farflung.identity import Identity
-from farflung.transport.tcp import TcpTransport
+from farflung.transport.tcp import TcpListener, TcpTransport
+from farflung.transport.tls import TlsStream
 
 class Quiet:
     def on_frame(self, link, channel, frame): pass

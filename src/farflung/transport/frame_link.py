@@ -23,7 +23,7 @@ from farflung.core.errors import (
     UsageError,
 )
 from farflung.core.ids import NodeId, short
-from farflung.core.messages import LINK_CHANNEL, Hello, Message, Ping, Pong
+from farflung.core.messages import LINK_CHANNEL, Attach, Hello, Message, Open, Ping, Pong
 from farflung.core.units import Bytes
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
 from farflung.transport.link import Frame, LinkHandler, LinkStats, Priority
@@ -51,6 +51,7 @@ class FrameLink:
         wire: the stream.
         setup: of this node.
         dialled: this end dialled, so it hands out even channels.
+        source: the address it comes from (``rates.source_of``).
         greet_by: loop time by which the peer's hello must be here.
         on_greeted: called once: with None when the link is up, with the error when the greeting failed.
     """
@@ -62,6 +63,7 @@ class FrameLink:
         setup: LinkSetup,
         *,
         dialled: bool,
+        source: str,
         greet_by: float,
         on_greeted: Callable[[FrameLink, FarflungError | None], None],
     ) -> None:
@@ -72,6 +74,8 @@ class FrameLink:
         self._loop = asyncio.get_running_loop()
         self._wire = wire
         self._uplink = setup.uplink
+        self._source = source
+        self._openings = setup.openings
         self._half_received = setup.half_received
         self._config = config = setup.config
         self._check_hello = setup.check
@@ -232,6 +236,8 @@ class FrameLink:
     def _take(self, channel: int, frame: Frame, size: int) -> None:
         if self._state is _State.GREETING:
             raise ProtocolViolation(f"node {short(self.peer)} sent a frame on channel {channel} before its hello")
+        if isinstance(frame.message, Open | Attach) and not self._openings.take(self._source, self._heard):
+            raise LinkOverloaded(f"{self._source} opens sessions faster than {self._openings.per_s:g} a second")
         self.stats.frames_received += 1
         if self._held is None:
             if self._handler is not None:

@@ -1,24 +1,20 @@
 """Which accepted connections are let in, before anything is spent on them. Pure: the time is passed in.
 
-Strangers are told apart by *source*: an IPv4 address, or the /64 of an IPv6 address, which is what one customer is given (RFC
-6177). Where too many connections have not finished their handshake, the source that has most of them loses its oldest: an
-honest peer is through in a few round trips, and one that only holds on becomes the oldest.
+Strangers are told apart by source (``rates.source_of``). Where too many connections have not finished their handshake, the
+source that has most of them loses its oldest: an honest peer is through in a few round trips, and one that only holds on
+becomes the oldest.
 """
 
 from __future__ import annotations
 
-import ipaddress
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from farflung.core.errors import LinkOverloaded
+from farflung.transport.rates import Rates
 
 C = TypeVar("C", bound=Hashable)
-
-_SOURCES_REMEMBERED = 4096
-"""Whose rate is known. Forgetting the one that was quiet longest only lets it be quick again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +39,6 @@ class GateConfig:
     per_s: float = 8.0
 
 
-class TokenBucket:
-    """``burst`` at once, ``per_s`` for long.
-
-    Args:
-        now: any monotonic time, as for ``take``.
-    """
-
-    def __init__(self, burst: float, per_s: float, now: float) -> None:
-        self._burst = burst
-        self._per_s = per_s
-        self._left = burst
-        self._at = now
-
-    def take(self, now: float) -> bool:
-        """One more, at ``now``; false where none is left."""
-        self._left = min(self._burst, self._left + (now - self._at) * self._per_s)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-
 class Gate(Generic[C]):
     """Counts the connections of one listener, from ``enter`` to ``left``."""
 
@@ -75,7 +48,7 @@ class Gate(Generic[C]):
         self._held: dict[str, int] = {}
         self._greeting: dict[str, dict[C, None]] = {}
         self._greetings = 0
-        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._rates = Rates(config.burst, config.per_s)
 
     @property
     def connections(self) -> int:
@@ -91,7 +64,7 @@ class Gate(Generic[C]):
         Raises LinkOverloaded, where it must not be let in.
         """
         config, held = self._config, self._held.get(source, 0)
-        if not self._bucket(source, now).take(now):
+        if not self._rates.take(source, now):
             raise LinkOverloaded(f"{source} connects more than {config.per_s:g} times a second")
         if held >= config.connections_per_source:
             raise LinkOverloaded(f"{source} has {held} connections open, the limit for one address")
@@ -134,25 +107,3 @@ class Gate(Generic[C]):
             most = max(self._greeting, key=lambda name: len(self._greeting[name]))
             return next(iter(self._greeting[most]))
         return None
-
-    def _bucket(self, source: str, now: float) -> TokenBucket:
-        bucket = self._buckets.get(source)
-        if bucket is None:
-            bucket = self._buckets[source] = TokenBucket(self._config.burst, self._config.per_s, now)
-            if len(self._buckets) > _SOURCES_REMEMBERED:
-                self._buckets.popitem(last=False)
-        self._buckets.move_to_end(source)
-        return bucket
-
-
-def source_of(host: str) -> str:
-    """What stands for whoever connects from ``host``; the host itself where that is no address."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.IPv6Network((address, 64), strict=False))

@@ -7,6 +7,10 @@ it, and one that is not known is not an error: it belongs to a newer release.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from msgspec.structs import replace
+
 from farflung.core.errors import VersionMismatch
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Hello
@@ -27,6 +31,11 @@ FEATURES = (RESUME, TIMELINE, LOGPROBS)
 
 HELLO = Hello(versions=(PROTOCOL_VERSION, PROTOCOL_VERSION), features=FEATURES, codecs=CODEC_NAMES)
 """What this release speaks."""
+
+
+def hello_with(codecs: Collection[str]) -> Hello:
+    """The hello of a node that takes only some codecs."""
+    return replace(HELLO, codecs=tuple(name for name in CODEC_NAMES if name in codecs))
 
 
 def common_features(ours: Hello, theirs: Hello) -> frozenset[str]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from farflung.core.errors import FarflungError, LinkLost, Unreachable
+from farflung.core.errors import FarflungError, LinkLost, LinkOverloaded, Unreachable
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import Message
 from farflung.transport.link import Buffer, Frame, Link, Priority, Transport
@@ -46,23 +47,39 @@ class Line:
 
     def bind(self, handler: LineHandler) -> None:
         """Frames of this channel go to ``handler`` from now on."""
-        self._lines.handlers[self.channel] = (self, handler)
+        self._lines.bind(self, handler)
 
     def release(self) -> None:
         """No more frames are wanted on this channel; late ones are dropped."""
-        self._lines.handlers.pop(self.channel, None)
+        self._lines.release(self)
 
 
 NewLine = Callable[[Line, Frame], None]
 """Called for a frame on a channel that nobody holds: may ``bind`` the line, or drop the frame."""
 
-_MOST_LINKS_OF_PEER = 2
+
+@dataclass(frozen=True, kw_only=True)
+class PoolLimits:
+    """What peers may hold of a pool.
+
+    Attributes:
+        links: accepted ones. One more, and the one that has carried nothing for the longest is ended.
+        links_per_peer: one more, and its oldest is ended. Two, because two ends may dial each other at once.
+        unused_after_s: an accepted link on which nothing was ever opened is ended after that long.
+        idle_after_s: one on which nothing is open any more. Its driver may be thinking of the next question.
+    """
+
+    links: int = 512
+    links_per_peer: int = 2
+    unused_after_s: float = 30.0
+    idle_after_s: float = 900.0
 
 
 class LinkPool:
     """Links by peer: dialled once, reused while up, accepted ones included.
 
-    Two nodes that dial each other at once have two links, and both serve. One peer never has more: a third ends the oldest.
+    Two nodes that dial each other at once have two links, and both serve. Accepted links are bounded, and nobody holds one for
+    nothing (``PoolLimits``); those that this end dialled it keeps.
 
     Args:
         transport: dials.
@@ -70,6 +87,7 @@ class LinkPool:
             asks the signed directory, never a client.
         on_new_line: what to do with a frame on an unknown channel of the peer's; None drops it (drivers accept no sessions).
         dial_timeout_s: for finding and dialling one peer.
+        limits: what peers may hold.
     """
 
     def __init__(
@@ -79,11 +97,14 @@ class LinkPool:
         on_new_line: NewLine | None = None,
         *,
         dial_timeout_s: float = 5.0,
+        limits: PoolLimits | None = None,
     ) -> None:
         self._transport = transport
         self._addresses_of = addresses_of
         self._on_new_line = on_new_line
         self._dial_timeout_s = dial_timeout_s
+        self._limits = limits or PoolLimits()
+        self._accepted: dict[_LinkLines, None] = {}
         self._links: dict[NodeId, list[_LinkLines]] = {}  # the oldest first
         self._dials: dict[NodeId, _Dial] = {}
         self._tasks: set[asyncio.Task[Link]] = set()
@@ -99,7 +120,10 @@ class LinkPool:
         if self._closed:
             link.end(LinkLost(f"node {short(link.peer)} dialled while this end was closing"))
         dial = self._dials.pop(link.peer, None)
+        self._make_room(link)
         lines = self._take(link, dialled=False)
+        self._accepted[lines] = None
+        lines.watch(self._limits.unused_after_s, self._limits.idle_after_s)
         if dial is not None:
             dial.up.set_result(lines)
             dial.task.cancel()
@@ -171,11 +195,24 @@ class LinkPool:
         of_peer.append(lines)
         link.start(lines)
         up = [lines.link for lines in of_peer if lines.link.is_up]
-        for oldest in up[:-_MOST_LINKS_OF_PEER]:
-            oldest.end(LinkLost(f"node {short(link.peer)} has opened newer links, at most {_MOST_LINKS_OF_PEER} are kept"))
+        most = self._limits.links_per_peer
+        for oldest in up[:-most]:
+            oldest.end(LinkLost(f"node {short(link.peer)} has opened newer links, at most {most} are kept"))
         return lines
 
+    def _make_room(self, link: Link) -> None:
+        """Ends the accepted link that was idle longest where there are too many, or the new one where all are in use."""
+        if len(self._accepted) < self._limits.links:
+            return
+        idle = min((lines for lines in self._accepted if not lines.handlers), key=lambda lines: lines.idle_since, default=None)
+        full = f"{len(self._accepted)} links are open here, the limit"
+        if idle is None:
+            link.end(LinkOverloaded(f"{full}, and all of them are in use", hint="choose another node, or try again later"))
+        else:
+            idle.link.end(LinkOverloaded(f"{full}: node {short(idle.link.peer)} made the least use of its own"))
+
     def _forget(self, lines: _LinkLines) -> None:
+        self._accepted.pop(lines, None)
         of_peer = self._links[lines.link.peer]
         of_peer.remove(lines)
         if not of_peer:
@@ -203,9 +240,30 @@ class _LinkLines:
     def __init__(self, link: Link, own_parity: int, on_new_line: NewLine | None, forget: Callable[[_LinkLines], None]) -> None:
         self.link = link
         self.handlers: dict[int, tuple[Line, LineHandler]] = {}
+        self.idle_since = asyncio.get_running_loop().time()
+        self._was_used = False
+        self._timer: asyncio.TimerHandle | None = None
         self._own_parity = own_parity
         self._on_new_line = on_new_line
         self._forget = forget
+
+    def bind(self, line: Line, handler: LineHandler) -> None:
+        self.handlers[line.channel] = (line, handler)
+        self._was_used = True
+
+    def release(self, line: Line) -> None:
+        if self.handlers.pop(line.channel, None) is not None and not self.handlers:
+            self.idle_since = asyncio.get_running_loop().time()
+
+    def watch(self, unused_after_s: float, idle_after_s: float) -> None:
+        """Ends the link once nothing was open on it for so long; ``unused_after_s`` holds until something has been."""
+        loop = asyncio.get_running_loop()
+        patience_s = idle_after_s if self._was_used else unused_after_s
+        idle_s = 0.0 if self.handlers else loop.time() - self.idle_since
+        if idle_s >= patience_s:
+            self.link.end(LinkLost(f"nothing was open on the link of node {short(self.link.peer)} for {idle_s:.0f} s"))
+            return
+        self._timer = loop.call_later(patience_s - idle_s, self.watch, unused_after_s, idle_after_s)
 
     def on_frame(self, link: Link, channel: int, frame: Frame) -> None:
         held = self.handlers.get(channel)
@@ -216,6 +274,8 @@ class _LinkLines:
             self._on_new_line(Line(self, channel), frame)
 
     def on_lost(self, link: Link, error: FarflungError) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._forget(self)
         held = list(self.handlers.values())
         self.handlers.clear()

@@ -48,6 +48,8 @@ class LinkConfig:
         stuck_after_s: a peer that takes less than a fragment of what it is sent for so long is ended, though it shows life.
         max_queued_bytes: bytes waiting to be sent on one link before ``send`` raises LinkOverloaded.
         max_queued_bytes_in_all: on all links of a node; over it the link that holds most is ended.
+        openings_burst: openings of sessions and owners' lines from one address at once; 0.15 ms each, for the signature.
+        openings_per_s: of them, for long. A link that brings more is ended.
         max_partial_frames: channels that may have a frame half received at a time.
         max_partial_bytes: of frames half received on all links of a node; over it the link that holds most is ended.
     """
@@ -59,6 +61,8 @@ class LinkConfig:
     max_frame_bytes: int = 64 * 1024**2
     max_queued_bytes: int = 256 * 1024**2
     max_queued_bytes_in_all: int = 512 * 1024**2
+    openings_burst: int = 512
+    openings_per_s: float = 64.0
     max_partial_frames: int = 256
     max_partial_bytes: int = 256 * 1024**2
 

@@ -12,6 +12,7 @@ from farflung.identity.swarm_key import SwarmKey, check_link_proof, link_proof
 from farflung.transport.half_received import HalfReceived
 from farflung.transport.hello import check_versions
 from farflung.transport.link import LinkConfig
+from farflung.transport.rates import Rates
 from farflung.transport.uplink import Uplink
 
 
@@ -26,6 +27,7 @@ class LinkSetup:
         swarm_key: of the private swarm it is in: peers without it are turned away.
         uplink: by which all of them send.
         half_received: budget of all of them.
+        openings: how often each address may open sessions.
     """
 
     me: NodeId
@@ -34,10 +36,13 @@ class LinkSetup:
     swarm_key: SwarmKey | None
     uplink: Uplink
     half_received: HalfReceived
+    openings: Rates
 
     @classmethod
     def of(cls, me: NodeId, config: LinkConfig, hello: Hello, swarm_key: SwarmKey | None) -> LinkSetup:
-        return cls(me, config, hello, swarm_key, Uplink(config.max_queued_bytes_in_all), HalfReceived(config.max_partial_bytes))
+        uplink, half_received = Uplink(config.max_queued_bytes_in_all), HalfReceived(config.max_partial_bytes)
+        openings = Rates(config.openings_burst, config.openings_per_s)
+        return cls(me, config, hello, swarm_key, uplink, half_received, openings)
 
     def hello_to(self, peer: NodeId) -> Hello:
         return replace(self.hello, proof=link_proof(self.swarm_key, self.me, peer))

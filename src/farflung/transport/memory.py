@@ -191,7 +191,9 @@ class MemoryTransport:
     def attach(self, wire: MemoryWire, *, dialled: bool, on_greeted: OnGreeted) -> FrameLink:
         """A link of this node over ``wire``."""
         greet_by = asyncio.get_running_loop().time() + self._links.config.handshake_timeout_s
-        wire.link = FrameLink(wire.ends[1], wire, self._links, dialled=dialled, greet_by=greet_by, on_greeted=on_greeted)
+        wire.link = FrameLink(
+            wire.ends[1], wire, self._links, dialled=dialled, source=wire.ends[1], greet_by=greet_by, on_greeted=on_greeted
+        )
         return wire.link
 
     async def _dial(self, peer: NodeId, address: str) -> FrameLink:

@@ -20,6 +20,7 @@ from farflung.transport.address import format_address
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES
 from farflung.transport.frame_link import FrameLink
 from farflung.transport.link_setup import LinkSetup
+from farflung.transport.rates import source_of
 from farflung.transport.tls import TlsStream
 from farflung.wire.fragment import MAX_FRAGMENT_BYTES
 
@@ -31,8 +32,8 @@ _KERNEL_BOUNDS_UNSENT = sys.platform == "linux"
 class Acceptor(Protocol):
     """Where a connection was accepted: told when its socket is connected and when it is closed."""
 
-    def connected(self, connection: TcpConnection, host: str) -> None:
-        """It comes from ``host``; may abort it, or others."""
+    def connected(self, connection: TcpConnection, source: str) -> None:
+        """It comes from ``source``; may abort it, or others."""
 
     def disconnected(self, connection: TcpConnection) -> None: ...
 
@@ -90,6 +91,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._finishing = False
         self.remote = "an unknown address"
+        self._source = ""
 
     # ---- the wire ----
 
@@ -164,9 +166,9 @@ class TcpConnection(asyncio.BufferedProtocol):
             return
         name = transport.get_extra_info("peername")
         if name:
-            self.remote = format_address(*name[:2])
+            self.remote, self._source = format_address(*name[:2]), source_of(name[0])
         if self._accepted_by is not None:
-            self._accepted_by.connected(self, name[0] if name else self.remote)
+            self._accepted_by.connected(self, self._source)
             if self._finishing:  # turned away
                 return
         opened: socket.socket = transport.get_extra_info("socket")
@@ -245,6 +247,7 @@ class TcpConnection(asyncio.BufferedProtocol):
             self,
             self._setup.links,
             dialled=self._accepted_by is None,
+            source=self._source,
             greet_by=self._greet_by,
             on_greeted=lambda link, error: self._greeted(link if error is None else None, error),
         )
