@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from farflung.core.sampling import SamplingOptions
 
-_FLOORS = (-8.0, -11.0, -14.0)
+_FLOORS = (-8.0, -11.0, -15.0, -20.0)
 """Scaled logits above which the kept tokens may all lie, tried in turn. Of Qwen and Gemma, 15 to 900 lie above the first."""
 
 _NEVER = np.float32(-np.inf)
@@ -115,7 +115,8 @@ def mass(logits: NDArray[np.float32], greatest: float, temperature: float) -> fl
     if len(head) == len(logits):
         return total
     rest = logits - np.float32(greatest)
-    rest /= np.float32(max(temperature, _LEAST_TEMPERATURE))
+    if temperature != 1.0:
+        rest /= np.float32(max(temperature, _LEAST_TEMPERATURE))
     np.exp(rest, out=rest)
     rest[head] = 0.0
     return total + float(rest.sum())
