@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farflung.cli.admission import IdentityFile, SwarmKeyOption
-from farflung.cli.choices import check_codec, check_speculation
+from farflung.cli.choices import check_speculation, parse_codecs
 from farflung.cli.driving import Driver
 from farflung.cli.options import (
     DEFAULT_DIRECTORY,
@@ -76,9 +76,9 @@ def chat(
         from farflung.session import GenerateOptions
 
         check_speculation(speculate)
-        check_codec(codec)
+        codecs = parse_codecs(codec)
         sampling = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
-        options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codecs=(codec,))
+        options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codecs=codecs)
         driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)
         from farflung.session.loop_thread import LoopThread
 

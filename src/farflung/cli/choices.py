@@ -7,8 +7,8 @@ from typing import Any
 from farflung.core.errors import UsageError
 from farflung.core.model import LayerRange
 
-CODECS = ("fp32", "bf16", "int8")
-"""The coarsest last."""
+CODECS = ("fp32", "bf16", "int8", "int4")
+"""Those of ``wire.codec``, the coarsest last."""
 
 
 def check_dtype(dtype: str) -> None:
@@ -31,10 +31,20 @@ def check_layers(layers: str) -> None:
         raise UsageError(f"--layers {layers!r} is no part of a model", hint="write K/N with 1 <= K <= N, e.g. 2/3")
 
 
-def check_codec(codec: str) -> None:
-    """Raises UsageError for a codec that does not exist."""
-    if codec not in CODECS:
-        raise UsageError(f"--codec {codec!r} is unknown", hint=f"use one of {', '.join(CODECS)}")
+def parse_codecs(text: str) -> tuple[str, ...]:
+    """The codecs of ``int8`` or ``int8,int4``, in that order. Raises UsageError for one that does not exist or comes twice."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in CODECS:
+            raise UsageError(f"--codec {text[:80]!r}: {name[:20]!r} is unknown", hint=f"use one or more of {', '.join(CODECS)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--codec {text[:80]!r} names a codec twice", hint="the order is that of preference")
+    return names
+
+
+def offered_codecs(names: tuple[str, ...]) -> frozenset[str]:
+    """What a node takes that was told ``names``: these and all finer ones, which every driver may count on."""
+    return frozenset(CODECS[: 1 + max(map(CODECS.index, names))])
 
 
 def check_speculation(wanted: str) -> None:

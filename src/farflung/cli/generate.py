@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farflung.cli.admission import IdentityFile, SwarmKeyOption
-from farflung.cli.choices import check_codec, check_speculation
+from farflung.cli.choices import check_speculation, parse_codecs
 from farflung.cli.driving import Driver
 from farflung.cli.options import (
     DEFAULT_DIRECTORY,
@@ -67,12 +67,12 @@ def generate(
         from farflung.session import GenerateOptions
 
         check_speculation(speculate)
-        check_codec(codec)
+        codecs = parse_codecs(codec)
         options = GenerateOptions(
             max_tokens=max_tokens,
             sampling=SamplingOptions(temperature=temperature, top_p=top_p, seed=seed),
             stop=tuple(stop or ()),
-            codecs=(codec,),
+            codecs=codecs,
             ignore_eos=ignore_eos,
         )
         driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farflung.cli.admission import Allow, OpenToAnyone, SwarmKeyOption, read_admission
-from farflung.cli.choices import check_codec, check_dtype, check_layers, torch_dtype
+from farflung.cli.choices import check_dtype, check_layers, offered_codecs, parse_codecs, torch_dtype
 from farflung.cli.directory import directory_at
 from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, ExitWithStdin, Json, Model, State, examples
 from farflung.cli.output import Output, command
@@ -60,8 +60,13 @@ def node(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights: auto, fp32 or bf16.")] = "auto",
     codec: Annotated[
-        str, typer.Option("--codec", help="Coarsest codec that drivers may choose here: fp32, bf16 or int8.")
-    ] = "int8",
+        str,
+        typer.Option(
+            "--codec",
+            metavar="NAME[,NAME]",
+            help="Codecs that drivers may choose here, of fp32, bf16, int8 and int4; finer ones are taken too.",
+        ),
+    ] = "int4",
     threads: Annotated[int, typer.Option("--threads", min=0, help="Compute threads; 0 takes one per core.")] = 0,
     kv_tokens: Annotated[
         int, typer.Option("--kv-tokens", min=0, help="KV cache in tokens, over all sessions; 0 fits it to free memory.")
@@ -99,7 +104,7 @@ def node(
     watch = ParentWatch() if exit_with_stdin else None
     with command(json=json, debug=debug) as out:
         check_dtype(dtype)
-        check_codec(codec)
+        codecs = offered_codecs(parse_codecs(codec))
         check_layers(layers)
         admission = _admission(swarm_key, tuple(allow or ()), (listen, *(advertise or ())), open_to_anyone=open_to_anyone)
         options = NodeOptions(
@@ -109,7 +114,7 @@ def node(
             listen=listen,
             advertise=tuple(advertise or ()),
             dtype=dtype,
-            codec=codec,
+            codecs=codecs,
             threads=threads,
             kv_tokens=kv_tokens,
             model_digest=model_digest,

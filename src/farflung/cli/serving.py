@@ -9,7 +9,6 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from farflung.cli.admission import describe, quotas_for, read_admission
-from farflung.cli.choices import CODECS
 from farflung.cli.directory import directory_at
 from farflung.cli.output import Output
 from farflung.cli.stopping import ParentWatch, first_of, on_hangup, stop_requests
@@ -33,7 +32,7 @@ class NodeOptions:
     listen: str
     advertise: tuple[str, ...]
     dtype: str
-    codec: str
+    codecs: frozenset[str]
     threads: int
     kv_tokens: int
     model_digest: str
@@ -56,6 +55,7 @@ async def serve_stage(
     from farflung.engine.t_curve import measure_t_curve
     from farflung.node.service import Node, NodeConfig, NodePorts
     from farflung.node.table import TableConfig
+    from farflung.transport.hello import hello_with
     from farflung.transport.link import LinkConfig
     from farflung.transport.tcp import TcpTransport
 
@@ -65,7 +65,7 @@ async def serve_stage(
         t_curve_ms=await measure_t_curve(backend),
         admission=options.admission,
         quotas=quotas_for(options.admission, options.addresses, options.driver_share),
-        table=TableConfig(codecs=frozenset(CODECS[: CODECS.index(options.codec) + 1])),
+        table=TableConfig(codecs=options.codecs),
     )
     with stop_requests(watch) as stop:
         async with directory_at(options.directory) as directory:
@@ -73,7 +73,9 @@ async def serve_stage(
                 config,
                 NodePorts(
                     identity=identity,
-                    transport=TcpTransport(identity, LinkConfig(), swarm_key=options.admission.swarm_key),
+                    transport=TcpTransport(
+                        identity, LinkConfig(), hello=hello_with(options.codecs), swarm_key=options.admission.swarm_key
+                    ),
                     directory=directory,
                     backend=backend,
                     clock=time.time,
