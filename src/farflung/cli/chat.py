@@ -24,12 +24,22 @@ from farflung.cli.options import (
     Json,
     MaxTokens,
     Model,
-    Seed,
-    Temperature,
-    TopP,
     examples,
 )
 from farflung.cli.output import Output, command
+from farflung.cli.sampling import (
+    FrequencyPenalty,
+    LogitBias,
+    Logprobs,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    parse_logit_bias,
+)
 from farflung.core.errors import FarflungError
 
 if TYPE_CHECKING:
@@ -57,8 +67,15 @@ def chat(
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="Instructions before the conversation.")] = "",
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Seed = 0,
+    logprobs: Logprobs = None,
     codec: Codec = "int8",
     speculate: Annotated[str, typer.Option("--speculate", help="Guess tokens ahead: not built yet, auto is off.")] = "auto",
     swarm_key: SwarmKeyOption = "",
@@ -77,7 +94,18 @@ def chat(
 
         check_speculation(speculate)
         codecs = parse_codecs(codec)
-        sampling = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
+        sampling = SamplingOptions(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=parse_logit_bias(logit_bias or ()),
+            seed=seed,
+            logprobs=logprobs,
+        )
         options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, codecs=codecs)
         driver = Driver(directory=directory, model=model, swarm_key=swarm_key, identity=identity)
         from farflung.session.loop_thread import LoopThread
@@ -133,8 +161,8 @@ async def _answer(out: Output, swarm: Swarm, messages: list[Message], options: G
     from farflung.cli.generation import as_json, headline, stream
 
     generation = swarm.chat(messages, options)
-    await stream(out, generation)
-    out.json({"role": "assistant", **as_json(generation)})
+    tokens = await stream(out, generation)
+    out.json({"role": "assistant", **as_json(generation, tokens)})
     if out.live:
         from rich.text import Text
 

@@ -18,12 +18,22 @@ from farflung.cli.options import (
     Json,
     MaxTokens,
     Model,
-    Seed,
-    Temperature,
-    TopP,
     examples,
 )
 from farflung.cli.output import Output, command
+from farflung.cli.sampling import (
+    FrequencyPenalty,
+    LogitBias,
+    Logprobs,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    parse_logit_bias,
+)
 from farflung.cli.stopping import cancelled_by_sigterm
 
 if TYPE_CHECKING:
@@ -36,6 +46,8 @@ app = typer.Typer()
     epilog=examples(
         'farflung generate -m gemma3-270m "The capital of France is"',
         "farflung generate -m gemma3-270m --temperature 0.8 --seed 7 - < prompt.txt",
+        'farflung generate -m gemma3-270m --temperature 1 --min-p 0.05 --repetition-penalty 1.1 "Once upon a time"',
+        'farflung generate -m gemma3-270m --json --logprobs 5 "2 + 2 =" | jq .logprobs',
         'farflung generate -m gemma3-270m --json "Once upon a time" | jq .decode_tokens_per_s',
     )
 )
@@ -46,8 +58,15 @@ def generate(
     model: Model,
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Seed = 0,
+    logprobs: Logprobs = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end-of-text token.")] = False,
     codec: Codec = "int8",
@@ -68,9 +87,21 @@ def generate(
 
         check_speculation(speculate)
         codecs = parse_codecs(codec)
+        sampling = SamplingOptions(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=parse_logit_bias(logit_bias or ()),
+            seed=seed,
+            logprobs=logprobs,
+        )
         options = GenerateOptions(
             max_tokens=max_tokens,
-            sampling=SamplingOptions(temperature=temperature, top_p=top_p, seed=seed),
+            sampling=sampling,
             stop=tuple(stop or ()),
             codecs=codecs,
             ignore_eos=ignore_eos,
@@ -84,7 +115,7 @@ async def _generate(out: Output, driver: Driver, prompt: str, options: GenerateO
 
     async with cancelled_by_sigterm(), driver.connect() as swarm:
         generation = swarm.generate(prompt, options)
-        await stream(out, generation, prompt if out.live else "")
-        out.json(as_json(generation))
+        tokens = await stream(out, generation, prompt if out.live else "")
+        out.json(as_json(generation, tokens))
         out.note(summary(generation.stats))
         out.note(headline(generation.stats))

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from farflung.cli.live import LiveText
 from farflung.cli.output import Output
+from farflung.cli.sampling import logprobs_as_json
 from farflung.core.ids import short
 from farflung.core.units import Bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from farflung.session import Generation, GenerationStats
+    from farflung.session import Generation, GenerationStats, Token
 
 
-async def stream(out: Output, generation: Generation, prompt: str = "") -> None:
-    """Shows ``generation`` as it comes, after ``prompt``: with a live line of speed on a terminal, as bare text elsewhere."""
+async def stream(out: Output, generation: Generation, prompt: str = "") -> list[Token]:
+    """Shows ``generation`` as it comes, after ``prompt``: with a live line of speed on a terminal, as bare text elsewhere.
+
+    Returns what came.
+    """
+    found: list[Token] = []
     async with aclosing(aiter(generation)) as tokens:  # leaving early, by Ctrl-C say, cancels it at every stage
         if not out.live:
             out.write(prompt)
             async for token in tokens:
                 out.write(token.text)
+                found.append(token)
             out.write("\n")
-            return
+            return found
         live = LiveText(sys.stdout.write, sys.stdout.flush)
         try:
             live.write(prompt, "reading the prompt")
             async for token in tokens:
                 live.write(token.text, _speed_line(generation.stats))
+                found.append(token)
         finally:
             live.close()
+    return found
 
 
-def as_json(generation: Generation) -> dict[str, object]:
-    """The keys that scripts rely on."""
+def as_json(generation: Generation, tokens: Sequence[Token] = ()) -> dict[str, object]:
+    """The keys that scripts rely on; ``logprobs`` too where ``tokens`` came with them."""
     stats = generation.stats
+    logprobs = logprobs_as_json(tokens)
     hops = stats.route.hops if stats.route is not None else ()
     return {
         "text": stats.text,
@@ -52,6 +62,7 @@ def as_json(generation: Generation) -> dict[str, object]:
         "rounds": stats.rounds,
         "accepted_per_round": 1.0,  # plain decode: every window asks for one token and gets it
         "repairs": [],
+        **({"logprobs": logprobs} if logprobs else {}),
     }
 
 

@@ -26,9 +26,6 @@ State = Annotated[
     Path | None, typer.Option("--state", metavar="DIR", help="Folder that keeps this machine's key between runs.")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many new tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")]
 Codec = Annotated[
     str,
     typer.Option(
