@@ -204,7 +204,7 @@ async def _served(options: NodeOptions, spec: ModelSpec) -> list[LayerRange]:
     from farflung.swarm.offers import ranges_of
     from farflung.swarm.records import Query
 
-    async with directory_at(options.directory) as directory:
+    async with directory_at(options.directory, options.admission.swarm_key) as directory:
         records = await directory.records(Query(model=spec.digest))
     return ranges_of(records, spec.digest, spec.layers)
 

@@ -68,7 +68,7 @@ async def serve_stage(
         table=TableConfig(codecs=options.codecs),
     )
     with stop_requests(watch) as stop:
-        async with directory_at(options.directory) as directory:
+        async with directory_at(options.directory, options.admission.swarm_key) as directory:
             node = Node(
                 config,
                 NodePorts(

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from farflung.cli.admission import SwarmKeyOption, read_swarm_key
 from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, Json, examples
 from farflung.cli.output import Output, command
 from farflung.core.ids import short
 
 if TYPE_CHECKING:
     from farflung.core.model import LayerRange
+    from farflung.identity.swarm_key import SwarmKey
     from farflung.swarm.links import MeasuredLink
     from farflung.swarm.records import NodeRecord
 
@@ -24,10 +26,12 @@ MAP_WIDTH = 48
 
 
 @app.command(epilog=examples("farflung status", "farflung status --json | jq .models"))
-def status(directory: Directory = DEFAULT_DIRECTORY, json: Json = False, debug: Debug = False) -> None:
+def status(
+    directory: Directory = DEFAULT_DIRECTORY, swarm_key: SwarmKeyOption = "", json: Json = False, debug: Debug = False
+) -> None:
     """Show the nodes of a swarm: which layers each one holds, whether every layer is served, and the links between them."""
     with command(json=json, debug=debug) as out:
-        records, links = asyncio.run(_ask(directory))
+        records, links = asyncio.run(_ask(directory, read_swarm_key(swarm_key)))
         out.json(
             {
                 "directory": directory,
@@ -48,10 +52,10 @@ def status(directory: Directory = DEFAULT_DIRECTORY, json: Json = False, debug: 
         _show(out, records, links)
 
 
-async def _ask(url: str) -> tuple[list[NodeRecord], list[MeasuredLink]]:
+async def _ask(url: str, swarm_key: SwarmKey | None) -> tuple[list[NodeRecord], list[MeasuredLink]]:
     from farflung.cli.directory import directory_at
 
-    async with directory_at(url) as directory:
+    async with directory_at(url, swarm_key) as directory:
         records = await directory.records()
         links = await directory.links()
     return sorted(records, key=lambda r: (r.model, r.digest, r.layers, r.node_id)), links

@@ -1,9 +1,9 @@
-"""The key of a private swarm: 32 random bytes that its nodes and drivers share, and two proofs of knowing them.
+"""The key of a private swarm: 32 random bytes that its nodes and drivers share, and proofs of knowing them.
 
 A *link proof* goes into the hello. TLS has proven both node ids by then, so it is enough that it is bound to who shows it
 and to whom. An *open proof* goes into the signed opening of a session, because that reaches later stages through nodes that its
 owner does not know: it is bound to the owner, the session and the time it is good until, so that nobody else can use it, nor
-the owner another day.
+the owner another day. A *record proof* marks a member's record in the directory.
 
 Proofs are keyed BLAKE3 (a MAC of 32 bytes) under a key derived for each purpose (BLAKE3 ``derive_key``), compared in constant
 time. The secret itself never travels.
@@ -52,6 +52,7 @@ class SwarmKey:
         self._secret = secret
         self._open_key = _derive("farflung 1 open proof", secret)
         self._link_key = _derive("farflung 1 link proof", secret)
+        self._record_key = _derive("farflung 1 record proof", secret)
 
     def __repr__(self) -> str:
         return f"SwarmKey({self.fingerprint})"
@@ -145,6 +146,15 @@ class SwarmKey:
             raise NotAdmitted(f"driver {short(owner)} shows no swarm key, and this swarm is private", hint=HINT_NO_KEY)
         if not hmac.compare_digest(proof, self.open_proof(owner, session, expires_unix_s)):
             raise NotAdmitted(f"driver {short(owner)} has another swarm key than this node", hint=HINT_OTHER_KEY)
+
+    # ---- a node's record in the directory ----
+
+    def record_proof(self, node_id: NodeId) -> str:
+        """What the record of a member says, in hex. Records are public; each counts under its own node's signature only."""
+        return blake3(bytes.fromhex(parse_node_id(node_id)), key=self._record_key).hexdigest()
+
+    def is_record_proof(self, proof: str, node_id: NodeId) -> bool:
+        return hmac.compare_digest(proof.encode(), self.record_proof(node_id).encode())
 
     # ---- a link's hello ----
 

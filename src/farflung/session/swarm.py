@@ -28,6 +28,7 @@ from farflung.session.ring import RingPorts
 from farflung.session.text_output import TextOutput
 from farflung.swarm.directory import Directory
 from farflung.swarm.http_client import HttpDirectory, HttpDirectoryConfig
+from farflung.swarm.members import members_only
 from farflung.swarm.offers import find_model, offers_of
 from farflung.swarm.records import NodeRecord, Query
 from farflung.swarm.roster import Roster
@@ -120,7 +121,7 @@ class Swarm:
         ports = DriverPorts(
             identity=identity,
             transport=transport,
-            directory=directory,
+            directory=members_only(directory, swarm_key),
             clock=time.time,
             random_bytes=secrets.token_bytes,
             swarm_key=swarm_key,

@@ -22,6 +22,7 @@ RECORD_CONTEXT = "record/1"
 WITHDRAWAL_CONTEXT = "withdrawal/1"
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_PROOF = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME = 256
 _MAX_ADDRESSES = 8
 _MAX_CODECS = 16
@@ -58,6 +59,7 @@ class NodeRecord(Statement, frozen=True, kw_only=True):
         uplink_bytes_per_s: as receivers measured it; 0 unknown.
         status: a draining node ends its sessions and takes no new ones.
         version: of farflung.
+        membership: proof of a private swarm's key (``identity.swarm_key``), 64 hex digits; empty outside of one.
     """
 
     addresses: tuple[str, ...]
@@ -75,6 +77,7 @@ class NodeRecord(Statement, frozen=True, kw_only=True):
     uplink_bytes_per_s: float = 0.0
     status: Literal["serving", "draining"] = "serving"
     version: str = ""
+    membership: str = ""
 
     def same_but_for_renewal(self, other: NodeRecord) -> bool:
         """Whether ``other`` says nothing new: only sequence, time of issue and free KV differ."""
@@ -128,6 +131,8 @@ def _faults(record: NodeRecord) -> Iterator[str]:
     for address in record.addresses:
         if not can_be_dialled(address):
             yield f"{address[:80]!r} is no address that others can dial"
+    if record.membership and not _PROOF.fullmatch(record.membership):
+        yield f"its proof of membership has {len(record.membership)} characters and is none"
     yield from _word_faults(record)
     yield from _model_faults(record)
     if not 0 <= record.kv_free_tokens <= record.kv_tokens <= _MAX_TOKENS:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 from farflung.core.errors import DirectoryError, DirectoryUnreachable, RecordRefused
 from farflung.core.ids import short
+from farflung.identity.swarm_key import SwarmKey
 from farflung.swarm.links import LinkReport, LinkTable, SignedLinks, open_links
+from farflung.swarm.members import check_member
 from farflung.swarm.records import EVERYTHING, Query, SignedRecord, SignedWithdrawal, open_record, open_withdrawal
 from farflung.swarm.table import Batch, Entry, Table, TableChange, TableConfig
 
@@ -31,12 +33,14 @@ class ServiceConfig:
         table: bounds of what is kept.
         max_watchers: watchers waiting at a time; None: two for each node there may be, of which one is its own.
         longest_wait_s: a watcher is answered at least this often.
+        swarm_key: only members' records are taken.
     """
 
     instance: str = ""
     table: TableConfig = field(default_factory=TableConfig)
     max_watchers: int | None = None
     longest_wait_s: float = 30.0
+    swarm_key: SwarmKey | None = None
 
     @property
     def most_watchers(self) -> int:
@@ -80,6 +84,8 @@ class DirectoryService:
     def announce(self, signed: SignedRecord) -> None:
         """Raises RecordRefused, BadSignature."""
         record = open_record(signed, self._wall_clock())
+        if self._config.swarm_key is not None:
+            check_member(self._config.swarm_key, record)
         self._expire()
         self._tell(self._table.put(signed, record, _now_s()))
 
