@@ -26,7 +26,8 @@ from farflung.engine.loader import load_stage
 from farflung.engine.safetensors_source import SafetensorsSource
 from farflung.engine.segments import BLOCK_ROWS, MASK_CELLS, max_rows
 from farflung.engine.t_curve import measure_t_curve
-from farflung.engine.torch_backend import HEAD_ROWS, BackendConfig, TorchBackend, load_backend
+from farflung.engine.tail import HEAD_ROWS
+from farflung.engine.torch_backend import BackendConfig, TorchBackend, load_backend
 from farflung.sampling.sampler import sample_rows
 
 A, B = SessionId("a" * 32), SessionId("b" * 32)
