@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def test_what_honest_peers_send_and_what_once_broke_a_target_breaks_none(name: s
 @given(data=st.data())
 def test_mutations_break_no_target(name: str, data: st.DataObject) -> None:
     TARGETS[name](data.draw(mutations(INPUTS[name])))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@given(data=st.data())
+def test_nothing_that_is_sent_allocates_more_than_its_size_warrants(name: str, data: st.DataObject) -> None:
+    sent = data.draw(mutations(INPUTS[name]))
+    TARGETS[name](sent)  # what is made once, and kept
+    tracemalloc.start()
+    try:
+        TARGETS[name](sent)
+        assert tracemalloc.get_traced_memory()[1] < 100_000 + 100 * len(sent)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", TARGETS)

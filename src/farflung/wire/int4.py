@@ -1,6 +1,10 @@
-"""Rows as 4-bit integers, for links so slow that int8 would be a pain: 0.58 bytes per value, and it shows in the text.
+"""Rows as 4-bit integers, for links that are too slow for int8: 0.58 bytes per value, and it shows in the text.
 
-MEASURED_TABLE
+Measured: KL / greedy agreement with the uncoded model over 1, 3, 7 boundaries, 960 tokens of six texts. Qwen2.5-Coder-0.5B, 570
+bytes a row: .0026 / 98.0%, .0084 / 96.6%, .019 / 93.6% (int8 over 3, 926 bytes: .0002 / 99.5%). Gemma-3-270m, 426 bytes: .028 /
+91.2%, .26 / 75.3%, .53 / 65.2%: a narrow model with great outliers, for which int4 is no choice. Tried for it, KL over 3 in
+Qwen, Gemma and bytes at width 4,096: blocks of 32 with 8 outliers and bfloat16 scales .020, -, 2336; the same with signed
+scales .014, .48; 32 with 16 and one-byte scales .011, .33, 2242; 32 with 32 .0081, .20, 2306; 16 with 16 .0076, .23, 2370.
 
 Per row the 16 values of largest magnitude (of equal ones the first) are kept as bfloat16 and count as zero from there on. The
 rest is cut into b = ceil(w / 16) blocks; block j has the values at positions j, j + b, j + 2b, ..., because a maximum over
