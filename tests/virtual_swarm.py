@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from farflung.core.errors import FarflungError
 from farflung.core.ids import NodeId
+from farflung.core.messages import Hello
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine.backend import StageBackend
 from farflung.engine.loader import load_stage
@@ -81,6 +82,10 @@ class RecordingLink:
     @property
     def peer(self) -> NodeId:
         return self._inner.peer
+
+    @property
+    def peer_hello(self) -> Hello | None:
+        return self._inner.peer_hello
 
     @property
     def stats(self) -> LinkStats:
