@@ -140,7 +140,7 @@ class Node:
 
     def admit(self, admission: Admission) -> None:
         """Judges openings by it from now on; sessions that are open go on."""
-        self._table.admission = admission
+        self._table.admit(admission)
 
     async def start(self) -> None:
         """Listens, and announces this node once. Raises AddressInUse, DirectoryUnreachable, RecordRefused."""
@@ -216,7 +216,7 @@ class Node:
         return record.addresses
 
     def _record(self, sequence: int, now_unix_s: float) -> NodeRecord:
-        backend = self._ports.backend
+        backend, key = self._ports.backend, self._config.admission.swarm_key
         return NodeRecord(
             node_id=self.node_id,
             sequence=sequence,
@@ -236,4 +236,5 @@ class Node:
             engine_class=backend.engine_class,
             status="draining" if self._table.draining else "serving",
             version=__version__,
+            membership="" if key is None else key.record_proof(self.node_id),
         )

@@ -8,30 +8,32 @@ owner's own line - which may arrive later - learns the reason too, and late wind
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
-from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from farflung.core.errors import DeadlineExceeded, FarflungError, ProtocolViolation, SessionRefused, StageLost
 from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import Attach, Close, Fault, Open, OpenText
-from farflung.core.route import FIRST_EPOCH
 from farflung.engine.backend import SessionSpec, StageBackend
-from farflung.identity.keys import verify
 from farflung.node.admission import Admission
+from farflung.node.doorkeeper import Doorkeeper
+from farflung.node.faults import fault_of
 from farflung.node.log_budget import LogBudget
 from farflung.node.opening import Opening
-from farflung.node.quotas import Asked, Quotas, Usage, check_session, check_waiting
+from farflung.node.quotas import Asked, Quotas, Usage, check_session
 from farflung.node.row_log import OnEvicted, RowLog
-from farflung.node.stage_session import StageSession, fault_of
+from farflung.node.stage_session import StageSession
+from farflung.node.tombstones import Tombstones
+from farflung.node.waiting_owners import WaitingOwners
 from farflung.protocol.limits import MAX_ALIVE_SLOTS
-from farflung.protocol.opening import OPEN_CONTEXT, check_expiry, check_newer, check_open, decode_open_text
+from farflung.protocol.opening import check_expiry
 from farflung.swarm.reconnect import ReconnectConfig
 from farflung.transport.lines import Line, LinkPool, try_send
 from farflung.transport.link import Frame
-from farflung.wire.codec import CODEC_NAMES
+from farflung.wire.codec import CODEC_NAMES, MANDATORY_CODECS, choose_codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,6 @@ class TableConfig:
         codecs: what this node speaks between stages.
         quotas: what one owner, and all, may take.
         owner_wait_s: how long an owner's line waits for its session, and a session for its owner's line.
-        max_lease_s: the longest that a session goes on without a sign of its owner.
         max_slots: slots of one session that are not committed.
         reconnect: to the next stage.
         tombstones: ended sessions remembered.
@@ -51,17 +52,9 @@ class TableConfig:
     codecs: frozenset[str] = frozenset(CODEC_NAMES)
     quotas: Quotas = field(default_factory=Quotas)
     owner_wait_s: float = 10.0
-    max_lease_s: float = 120.0
     max_slots: int = MAX_ALIVE_SLOTS
     reconnect: ReconnectConfig = field(default_factory=ReconnectConfig)
     tombstones: int = 4096
-
-
-class Tombstone(NamedTuple):
-    """How a session ended here, in which epoch of this stage; only a later one may open it again."""
-
-    epoch: int
-    fault: Fault | None
 
 
 class SessionTable:
@@ -73,7 +66,7 @@ class SessionTable:
         backend: holds the KV.
         pool: the node's links.
         logs: what the stages' logs share.
-        admission: whose sessions are taken; may be replaced at any time.
+        admission: whose sessions are taken.
         clock: wall clock, seconds since 1970.
         random: for waits between tries.
         connect: runs ``StageSession.connect`` in a task that the node owns.
@@ -92,19 +85,19 @@ class SessionTable:
         random: Random,
         connect: Callable[[StageSession], None],
     ) -> None:
+        self.node_id = node_id
         self._config = config
-        self._node_id = node_id
         self._backend = backend
         self._logs = logs
         self._clock = clock
-        self.admission = admission
+        self._doorkeeper = Doorkeeper(node_id, backend, config.codecs, admission)
         self.connect = connect
         self.random = random
         self.pool = pool
         self._sessions: dict[SessionId, StageSession] = {}
         self._timers: dict[SessionId, asyncio.TimerHandle] = {}
-        self._waiting_owners: dict[tuple[SessionId, NodeId], WaitingOwner] = {}
-        self._tombstones: OrderedDict[SessionId, Tombstone] = OrderedDict()
+        self._waiting_owners = WaitingOwners(config.quotas, config.owner_wait_s)
+        self._tombstones = Tombstones(config.tombstones)
         self._ready: dict[SessionId, StageSession] = {}
         self.draining = False
         self.wake = asyncio.Event()
@@ -112,10 +105,6 @@ class SessionTable:
         self.empty.set()
 
     # -- SessionHost -------------------------------------------------------------------------------------------------
-
-    @property
-    def node_id(self) -> NodeId:
-        return self._node_id
 
     @property
     def vocab_size(self) -> int:
@@ -145,7 +134,7 @@ class SessionTable:
         self._ready.pop(session.id, None)
         self._timers.pop(session.id).cancel()
         self._backend.close(session.id)
-        self._bury(session.id, session.opening.hop.epoch, fault)
+        self._tombstones.bury(session.id, session.opening.hop.epoch, fault)
         if not self._sessions:
             self.empty.set()
 
@@ -169,6 +158,10 @@ class SessionTable:
     def waiting_owners(self) -> int:
         return len(self._waiting_owners)
 
+    def admit(self, admission: Admission) -> None:
+        """Judges openings by it from now on; sessions that are open go on."""
+        self._doorkeeper.admission = admission
+
     def taken(self, session: StageSession) -> None:
         """Its window went into a step."""
         self._ready.pop(session.id, None)
@@ -186,87 +179,54 @@ class SessionTable:
     def end_all(self, error: FarflungError) -> None:
         for session in self.sessions:
             session.end(error)
-        for waiting in list(self._waiting_owners.values()):
-            waiting.leave()
+        self._waiting_owners.close()
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
     def _open(self, line: Line, message: Open) -> None:
         try:
-            text = decode_open_text(message.text)
-            verify(text.owner, message.text, message.signature, context=OPEN_CONTEXT)
+            text = self._doorkeeper.read(message)
         except FarflungError as error:
-            try_send(line, fault_of(error, self._node_id))
+            try_send(line, fault_of(error, self.node_id))
             return
         session = self._sessions.get(text.session)
         try:
-            opening = self._checked(text, message)
-            if line.peer != opening.predecessor_id:
-                raise ProtocolViolation(
-                    f"node {short(line.peer)} brings an opening that only node {short(opening.predecessor_id)} may bring"
-                )
-            if session is not None and self._stays(session, opening):
-                self._take_up(session, line, opening)
+            opening = self._doorkeeper.check(text, message)
+            self._doorkeeper.check_bringer(opening, line.peer)
+            if session is not None and self._doorkeeper.goes_on(session.opening, opening):
+                known = session.opening
+                newest = opening if opening.text.route.epoch > known.text.route.epoch else known
+                session.take_up(line, newest, asks_have=message.asks_have)
             else:
                 self._begin(line, opening)
         except FarflungError as error:
-            self._refuse(line, text, fault_of(error, self._node_id))
+            self._refuse(line, text, fault_of(error, self.node_id))
 
-    def reopen(self, session: StageSession, line: Line, message: Open) -> None:
+    def reopen(self, session: StageSession, message: Open) -> None:
         """The owner's newer opening for an open session, over its own line. Raises where it is not good."""
-        text = decode_open_text(message.text)
-        verify(text.owner, message.text, message.signature, context=OPEN_CONTEXT)
+        text = self._doorkeeper.read(message)
         if text.session != session.id:
-            raise ProtocolViolation(
-                f"an opening of session {short(text.session)} came on a line of session {short(session.id)}"
-            )
-        newer = self._checked(text, replace(message, codec=session.opening.message.codec))
-        if self._stays(session, newer):
-            session.adopt(newer)
-        else:
-            session.end(None)  # it begins anew when the new predecessor brings this opening
-
-    def _checked(self, text: OpenText, message: Open) -> Opening:
-        config = self._config
-        index = check_open(
-            text,
-            message.codec,
-            me=self._node_id,
-            spec=self._backend.spec,
-            layers=self._backend.layers,
-            codecs=config.codecs,
-        )
-        self.admission.check_open(text)
-        return Opening(text, message, index)
-
-    def _stays(self, session: StageSession, opening: Opening) -> bool:
-        """Whether an open session goes on with that opening: it is for the same hop. One with a higher epoch begins anew here.
-
-        Raises ProtocolViolation for an older epoch, or an opening that is about more than the route."""
-        check_newer(opening.text, session.opening.text)
-        if opening.epoch_in < session.opening.epoch_in:
-            raise ProtocolViolation(
-                f"an opening of epoch {opening.epoch_in} came for an edge of epoch {session.opening.epoch_in}"
-            )
-        return opening.hop.epoch == session.opening.hop.epoch
-
-    def _take_up(self, session: StageSession, line: Line, opening: Opening) -> None:
+            raise ProtocolViolation(f"an opening of session {short(text.session)} came on a line of {short(session.id)}")
         known = session.opening
-        if opening.message.codec != known.message.codec:
-            raise ProtocolViolation(f"session {short(session.id)} takes rows in {known.message.codec}, not in another codec")
-        newest = opening if opening.text.route.epoch > known.text.route.epoch else known
-        session.take_up(line, newest, asks_have=opening.message.asks_have)
+        if text.route.epoch <= known.text.route.epoch:
+            return  # it came by way of the other stages before
+        newer = self._doorkeeper.check(text, replace(message, codec=known.message.codec))
+        if self._doorkeeper.goes_on(known, newer):
+            session.adopt(newer)
+        # Else it begins anew: when the new predecessor brings this opening.
 
     def _begin(self, line: Line, opening: Opening) -> None:
         text, config = opening.text, self._config
         check_expiry(text, self._clock())
-        if (old := self._sessions.get(text.session)) is not None:
-            old.end(None)  # a higher epoch: the owner wants it to begin anew
-        buried = self._tombstones.get(text.session)
+        owner: Line | None = None
+        if (old := self._sessions.get(text.session)) is not None:  # a higher epoch: the owner wants it to begin anew
+            owner = old.release_owner()
+            old.end(None)
+        buried = self._tombstones.find(text.session)
         if buried is not None and buried.epoch >= opening.hop.epoch:
             raise ProtocolViolation(f"session {short(text.session)} was opened before")
         if self.draining:
-            raise SessionRefused(f"node {short(self._node_id)} is about to stop", hint="choose another route")
+            raise SessionRefused(f"node {short(self.node_id)} is about to stop", hint="choose another route")
         check_session(
             config.quotas,
             Asked(text.session, text.owner, text.lease_tokens),
@@ -286,26 +246,33 @@ class SessionTable:
                 context_tokens=text.prompt_tokens + text.max_tokens,
             )
         )
-        session = StageSession(self, opening, codec_out)
-        self._sessions[session.id] = session
-        self._tombstones.pop(session.id, None)
+        session = self._sessions[text.session] = StageSession(self, opening, codec_out)
+        self._tombstones.raise_from(session.id)
         self.empty.clear()
-        self._watch(session, self._config.owner_wait_s)
+        self._watch(session, config.owner_wait_s)
         session.take_up(line, opening, asks_have=opening.message.asks_have)
-        waiting = self._waiting_owners.get((session.id, text.owner))
-        if waiting is not None and not session.over:
-            waiting.leave()
-            session.attach(waiting.line)
+        owner = self._waiting_owners.take(session.id, text.owner) or owner
+        if owner is not None and not session.over:
+            session.attach(owner)
         if opening.successor is not None and not session.over:
             self.connect(session)
 
     def _codec_out(self, opening: Opening) -> str:
-        """How this stage codes what it sends, for the whole session. Where the next stage's link is not up yet, what every
-        stage speaks comes first."""
+        """How this stage codes what it sends, for the whole session. Where the link to the next stage is not up yet, it is what
+        every stage speaks."""
         allowed = [name for name in opening.text.codecs if name in self._config.codecs]
-        if opening.successor is None:
+        hop = opening.successor
+        if hop is None:
             return allowed[0]
-        return allowed[0]
+        link = next((link for link in self.pool.links if link.peer == hop.node_id), None)
+        hello = None if link is None else link.peer_hello
+        mandatory = [name for name in allowed if name in MANDATORY_CODECS]
+        return choose_codec(
+            allowed,
+            (mandatory or allowed) if hello is None else hello.codecs,
+            width=self.hidden_size,
+            rate_bytes_per_s=None if link is None else link.stats.delivery_bytes_per_s,
+        )
 
     def _usage(self, owner: NodeId | None) -> Usage:
         """Of one owner, or of all."""
@@ -317,39 +284,26 @@ class SessionTable:
         try_send(line, fault)
         if line.peer == text.owner or text.session in self._sessions:
             return
-        waiting = self._waiting_owners.get((text.session, text.owner))
-        if waiting is not None:
-            try_send(waiting.line, fault)
-            waiting.leave()
-        if text.route.hop_of(line.peer) is not None:
-            hop = text.route.hop_of(self._node_id)
-            self._bury(text.session, FIRST_EPOCH if hop is None else hop.epoch, fault)
-
-    # -- the owner's own line ----------------------------------------------------------------------------------------
+        self._waiting_owners.refuse(text.session, text.owner, fault)
+        hop = text.route.hop_of(self.node_id)
+        if text.route.hop_of(line.peer) is not None and hop is not None:
+            self._tombstones.bury(text.session, hop.epoch, fault)
 
     def _attach(self, line: Line, message: Attach) -> None:
-        session = self._sessions.get(message.session)
-        if session is not None:
-            if line.peer == session.opening.text.owner and session.opening.index > 0:
-                session.attach(line)
-            else:
-                fault = ProtocolViolation(f"session {short(message.session)} is not to be attached to by {short(line.peer)}")
-                try_send(line, fault_of(fault, self._node_id))
-            return
-        if message.session in self._tombstones:
-            try_send(line, self._tombstones[message.session].fault or Close("the session is over"))
-            return
-        if (earlier := self._waiting_owners.get((message.session, line.peer))) is not None:
-            earlier.leave()
-        of_peer = sum(waiting.line.peer == line.peer for waiting in self._waiting_owners.values())
+        """The owner's own line, to a session that is open, or over, or still to come."""
+        session, buried = self._sessions.get(message.session), self._tombstones.find(message.session)
         try:
-            self.admission.check_owner_line(line.peer)
-            check_waiting(self._config.quotas, line.peer, of_peer=of_peer, of_all=len(self._waiting_owners))
+            if session is not None:
+                if line.peer != session.opening.text.owner or session.opening.index == 0:
+                    raise ProtocolViolation(f"session {short(message.session)} is not to be attached to by {short(line.peer)}")
+                session.attach(line)
+            elif buried is not None:
+                try_send(line, buried.fault or Close("the session is over"))
+            else:
+                self._doorkeeper.admission.check_owner_line(line.peer)
+                self._waiting_owners.add(message.session, line)
         except FarflungError as error:
-            try_send(line, fault_of(error, self._node_id))
-            return
-        waiting = WaitingOwner(self, message.session, line, self._config.owner_wait_s)
-        self._waiting_owners[message.session, line.peer] = waiting
+            try_send(line, fault_of(error, self.node_id))
 
     # -- deadlines ---------------------------------------------------------------------------------------------------
 
@@ -360,7 +314,7 @@ class SessionTable:
     def _check(self, session: StageSession) -> None:
         """Ends a session whose owner is gone, or silent (rule 7: a lease ends with its owner's silence)."""
         config, now_s = self._config, asyncio.get_running_loop().time()
-        lease_s = min(config.max_lease_s, session.opening.text.lease_s)
+        lease_s = session.opening.text.lease_s
         gone_s = 0.0 if session.owner_gone_s is None else now_s - session.owner_gone_s
         silent_s = now_s - session.seen_s
         if gone_s >= config.owner_wait_s:
@@ -374,41 +328,3 @@ class SessionTable:
             )
         else:
             self._watch(session, max(0.05, min(lease_s - silent_s, config.owner_wait_s - gone_s)))
-
-    def leave(self, session: SessionId, owner: NodeId) -> None:
-        """The owner's line does not wait any more."""
-        self._waiting_owners.pop((session, owner), None)
-
-    def _bury(self, session: SessionId, epoch: int, fault: Fault | None) -> None:
-        buried = self._tombstones.get(session)
-        if buried is None or buried.epoch < epoch:
-            self._tombstones[session] = Tombstone(epoch, fault)
-        while len(self._tombstones) > self._config.tombstones:
-            self._tombstones.popitem(last=False)
-
-
-class WaitingOwner:
-    """An owner's line whose session has not been opened yet: the opening comes through the other stages."""
-
-    def __init__(self, table: SessionTable, session: SessionId, line: Line, wait_s: float) -> None:
-        self.line = line
-        self._table = table
-        self._session = session
-        self._timer = asyncio.get_running_loop().call_later(wait_s, self._overdue)
-        line.bind(self)
-
-    def leave(self) -> None:
-        self._timer.cancel()
-        self.line.release()
-        self._table.leave(self._session, self.line.peer)
-
-    def on_frame(self, line: Line, frame: Frame) -> None:
-        """Only a close can come before the session is open."""
-        self.leave()
-
-    def on_lost(self, line: Line, error: FarflungError) -> None:
-        self.leave()
-
-    def _overdue(self) -> None:
-        try_send(self.line, Close("the session was not opened in time"))
-        self.leave()

@@ -12,5 +12,5 @@ MAX_EARLY_WINDOWS = 64
 MAX_ANSWER_SLOTS = 64
 """Slots of one answer: with log-probabilities of 20 alternatives it still fits a frame's header."""
 
-MAX_LEASE_S = 600.0
+MAX_LEASE_S = 120.0
 """The longest that a lease may go on without a sign of its owner."""
