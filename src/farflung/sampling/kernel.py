@@ -21,7 +21,7 @@ def words_kernel() -> WordsKernel | None:
     """The compiled kernel, or None where numba cannot be had. The first call takes a second or two: make it before serving."""
     try:
         from numba import njit, uint32, uint64
-    except ImportError:  # not installed, or not for this numpy
+    except (ImportError, OSError):  # not installed, not for this numpy, or a library that does not load
         return None
 
     def words(low: int, high: int, position: int, ids: NDArray[np.uint32], out: NDArray[np.uint32]) -> None:
