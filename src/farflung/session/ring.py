@@ -17,6 +17,7 @@ from farflung.core.errors import (
     Cancelled,
     FarflungError,
     LinkError,
+    NotAdmitted,
     ProtocolViolation,
     StageLost,
     error_from_code,
@@ -153,6 +154,8 @@ class Ring:
                 self._on_event(SuccessorUp(begins=not again))
             else:
                 line.send(Attach(self._opening.session))
+        except NotAdmitted as error:  # it says itself what is missing
+            self._on_event(Failed(error, hop.node_id))
         except FarflungError as error:
             self._on_event(Failed(self._lost(hop, "cannot be reached", error), hop.node_id))
 
