@@ -28,7 +28,7 @@ from farflung.protocol.events import CreditReceived, HaveReceived, SuccessorLost
 from farflung.protocol.limits import MAX_WINDOW_ROWS
 from farflung.protocol.outgoing import EdgeStatus, OutEdge
 from farflung.protocol.stage_state import ID_BYTES
-from farflung.protocol.windows import slots_of
+from farflung.protocol.windows import Given, slots_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,15 +195,16 @@ def advance(state: DriverState, event: DriverEvent) -> Transition:
 
 def _first_stage(state: DriverState, event: SuccessorUp | SuccessorLost | HaveReceived | CreditReceived) -> OutEdge:
     wanted = frozenset() if state.waiting is None else frozenset({state.waiting})
+    given = Given(state.tree, state.tree, wanted, state.tree.next_slot)
     match event:
         case SuccessorUp(begins=True):
-            return outgoing.begin(state.out, state.tree, state.tree, wanted)
+            return outgoing.begin(state.out, given)
         case SuccessorUp():
             return outgoing.ask(state.out)
         case SuccessorLost():
             return outgoing.lost(state.out)
         case HaveReceived():
-            return outgoing.resume(state.out, event.have, state.tree, state.tree, wanted)
+            return outgoing.resume(state.out, event.have, given)
         case CreditReceived():
             return outgoing.refill(state.out, event.bytes)
 

@@ -19,7 +19,7 @@ from farflung.core.errors import ProtocolViolation
 from farflung.core.messages import Have, Window
 from farflung.core.tree import TokenTree
 from farflung.protocol.credit import INITIAL_CREDIT_BYTES, SenderCredit
-from farflung.protocol.windows import keep_rows, missing
+from farflung.protocol.windows import Given, keep_rows, missing
 
 
 class EdgeStatus(Enum):
@@ -88,18 +88,13 @@ def _is_below(tree: TokenTree, slot: int, position: int) -> bool:
     return slot < spans[0].first
 
 
-def begin(edge: OutEdge, tree: TokenTree, latest: TokenTree, wanted: frozenset[int]) -> OutEdge:
+def begin(edge: OutEdge, given: Given) -> OutEdge:
     """The line is up and the session begins at the receiver: it holds nothing, and windows need not wait for it to say so."""
-    return _bring(edge, Have(edge.epoch, 0, (), INITIAL_CREDIT_BYTES), tree, latest, wanted)
+    return _bring(edge, Have(edge.epoch, 0, (), INITIAL_CREDIT_BYTES), given)
 
 
-def resume(edge: OutEdge, have: Have, tree: TokenTree, latest: TokenTree, wanted: frozenset[int]) -> OutEdge:
+def resume(edge: OutEdge, have: Have, given: Given) -> OutEdge:
     """The receiver told what it holds.
-
-    Args:
-        tree: of the rows that the sender can give.
-        latest: what is known to be dead by now.
-        wanted: slots whose answer is wanted.
 
     Raises ProtocolViolation where nobody asked, or the epoch is another.
     """
@@ -107,18 +102,18 @@ def resume(edge: OutEdge, have: Have, tree: TokenTree, latest: TokenTree, wanted
         raise ProtocolViolation("a Have came that nobody asked for")
     if have.epoch != edge.epoch:
         raise ProtocolViolation(f"a Have of epoch {have.epoch} came on an edge of epoch {edge.epoch}")
-    return _bring(edge, have, tree, latest, wanted)
+    return _bring(edge, have, given)
 
 
-def _bring(edge: OutEdge, have: Have, tree: TokenTree, latest: TokenTree, wanted: frozenset[int]) -> OutEdge:
+def _bring(edge: OutEdge, have: Have, given: Given) -> OutEdge:
     return replace(
         edge,
         status=EdgeStatus.UP,
         credit=SenderCredit.told(have.credit_bytes),
-        committed_tokens=max(have.committed_tokens, tree.committed_tokens),
+        committed_tokens=max(have.committed_tokens, given.tree.committed_tokens),
         held_tokens=have.committed_tokens,
         held=frozenset(slot for span in have.slots for slot in span),
-        waiting=tuple(missing(tree, have, latest.holds, wanted)) if tree.next_slot else (),
+        waiting=tuple(missing(given, have)) if given.next_slot else (),
         backlog_bytes=0,
     )
 

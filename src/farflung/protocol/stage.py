@@ -47,7 +47,7 @@ from farflung.protocol.limits import MAX_ANSWER_SLOTS
 from farflung.protocol.outgoing import OutEdge
 from farflung.protocol.receiving import only, receive
 from farflung.protocol.stage_state import ID_BYTES, KeptAnswer, PendingWindow, StageState
-from farflung.protocol.windows import cut, is_committed_path, keep_rows, slots_of
+from farflung.protocol.windows import Given, cut, is_committed_path, keep_rows, slots_of
 
 Transition = tuple[StageState, tuple[StageEffect, ...]]
 
@@ -126,7 +126,14 @@ def _finish(state: StageState, event: StepDone) -> Transition:
     settled = _settled(state.computed, pending)
     if event.time is not None and window.timeline is not None:
         window = replace(window, timeline=(*window.timeline, event.time))
-    state = replace(state, queue=tuple(rest), computing=False, receiver=receiver, computed=pending.tree)
+    state = replace(
+        state,
+        queue=tuple(rest),
+        computing=False,
+        receiver=receiver,
+        computed=pending.tree,
+        next_slot=max(state.next_slot, window.next_slot),
+    )
     effects: tuple[StageEffect, ...] = () if settled is None else (settled,)
     if returned:
         effects += (ReturnCredit(returned),)
@@ -141,7 +148,7 @@ def _finish(state: StageState, event: StepDone) -> Transition:
     kept = {slot: answer for slot, answer in answers.items() if slot == tree.root or slot in tree.alive}
     fresh = replace(state, answers=MappingProxyType(answers))
     state = replace(state, answers=MappingProxyType(kept))
-    if not state.owner_attached or (window.rows and not slots):
+    if not state.owner_attached or (not slots and is_committed_path(window)):
         return state, effects  # a prompt chunk: nobody waits for its acknowledgement
     return state, (*map(Reply, _answers_of(fresh, slots, window, event.queue_rows)), *effects)
 
@@ -177,7 +184,7 @@ def _answers_of(state: StageState, slots: list[int], window: Window | None = Non
             slots=spans_of(some),
             tokens=tuple(answer.token for answer in answers),
             committed_tokens=state.computed.committed_tokens,
-            next_slot=state.computed.next_slot if window is None else max(window.next_slot, state.computed.next_slot),
+            next_slot=state.next_slot,
             queue_rows=queue_rows,
             logprobs=tuple(answer.logprob for answer in answers if answer.logprob is not None),
             timeline=None if window is None else window.timeline,
@@ -186,7 +193,7 @@ def _answers_of(state: StageState, slots: list[int], window: Window | None = Non
 
 def _kept_answers(state: StageState) -> Iterator[Answer]:
     """What the owner may have missed while it had no line."""
-    if state.is_tail and state.computed.next_slot:
+    if state.is_tail and state.next_slot:
         yield from _answers_of(state, sorted(state.answers))
 
 
@@ -199,7 +206,7 @@ def _successor(state: StageState, event: StageEvent) -> Transition:
         raise ProtocolViolation("the tail has no successor")
     match event:
         case SuccessorUp(begins=True):
-            out = outgoing.begin(out, state.computed, state.tree, state.wanted)
+            out = outgoing.begin(out, _given(state))
         case SuccessorUp():
             out = outgoing.ask(out)
         case SuccessorLost():
@@ -207,10 +214,14 @@ def _successor(state: StageState, event: StageEvent) -> Transition:
         case SuccessorReplaced():
             out = OutEdge(epoch=event.epoch, row_bytes=out.row_bytes)
         case HaveReceived():
-            out = outgoing.resume(out, event.have, state.computed, state.tree, state.wanted)
+            out = outgoing.resume(out, event.have, _given(state))
         case CreditReceived():
             out = outgoing.refill(out, event.bytes)
     return _flushed(replace(state, out=out))
+
+
+def _given(state: StageState) -> Given:
+    return Given(state.computed, state.tree, state.wanted, state.next_slot)
 
 
 def _flushed(state: StageState) -> Transition:

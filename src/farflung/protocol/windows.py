@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -71,23 +72,33 @@ def cut(window: Window, rows: int) -> tuple[Window, Window]:
     return replace(first, next_slot=min(first.next_slot, pairs[rows][0])), rest
 
 
-def missing(tree: TokenTree, have: Have, keep: Callable[[int], bool], wanted: frozenset[int]) -> list[Window]:
-    """The windows that bring a receiver from its ``have`` to ``tree``, parents first.
+class Given(NamedTuple):
+    """What a sender can give to the next stage.
 
-    Args:
-        tree: of the rows that the sender can give.
-        have: what the receiver holds.
-        keep: False for a slot that died meanwhile.
-        wanted: slots whose answer is wanted.
+    Attributes:
+        tree: of the rows that it has.
+        latest: the newest tree: what is dead there need not go out.
+        wanted: slots whose answers are wanted.
+        next_slot: every slot below it has come by, or is dead.
+    """
+
+    tree: TokenTree
+    latest: TokenTree
+    wanted: frozenset[int]
+    next_slot: int
+
+
+def missing(given: Given, have: Have) -> list[Window]:
+    """The windows that bring a receiver from its ``have`` to what the sender can give, parents first.
 
     The committed prefix comes in chunks that commit themselves, then the alive slots. Where no row is missing there is one
     header, which tells the commits and which slots have gone out.
     """
-    held = {slot for span in have.slots for slot in span}
+    tree, held = given.tree, {slot for span in have.slots for slot in span}
     windows: list[Window] = []
 
     def add(pairs: list[tuple[int, int]], commit: Commit | None) -> None:
-        want = spans_of(slot for slot, _ in pairs if slot in wanted)
+        want = spans_of(slot for slot, _ in pairs if slot in given.wanted)
         windows.append(Window(have.epoch, runs_of(pairs), want, commit))
 
     position, done = have.committed_tokens, have.committed_tokens
@@ -102,10 +113,10 @@ def missing(tree: TokenTree, have: Have, keep: Callable[[int], bool], wanted: fr
         position += len(chunk)
         add(pairs, tree.commit_from(done, position))
         done = position
-    alive = [(slot, place.parent) for slot, place in tree.alive.items() if slot not in held and keep(slot)]
+    alive = [(slot, place.parent) for slot, place in tree.alive.items() if slot not in held and given.latest.holds(slot)]
     for start in range(0, len(alive), MAX_WINDOW_ROWS):
         add(alive[start : start + MAX_WINDOW_ROWS], None)
     if not windows:
         add([], None)
-    windows[-1] = replace(windows[-1], next_slot=tree.next_slot)
+    windows[-1] = replace(windows[-1], next_slot=given.next_slot)
     return windows
