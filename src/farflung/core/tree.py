@@ -33,7 +33,7 @@ class TokenTree(Struct, frozen=True):
     root: the last committed slot, ``NO_SLOT`` before the first commit.
     alive: slots not committed yet; parents come before their children.
     dead: the slots above the root that are known to be dead.
-    next_slot: the least slot above all that were seen.
+    next_slot: the least slot above all that were seen, or are known to have died on their way.
     """
 
     committed: tuple[SlotSpan, ...] = ()

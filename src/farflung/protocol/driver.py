@@ -195,7 +195,7 @@ def advance(state: DriverState, event: DriverEvent) -> Transition:
 
 def _first_stage(state: DriverState, event: SuccessorUp | SuccessorLost | HaveReceived | CreditReceived) -> OutEdge:
     wanted = frozenset() if state.waiting is None else frozenset({state.waiting})
-    given = Given(state.tree, state.tree, wanted, state.tree.next_slot)
+    given = Given(state.tree, state.tree, wanted)
     match event:
         case SuccessorUp(begins=True):
             return outgoing.begin(state.out, given)

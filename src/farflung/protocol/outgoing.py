@@ -113,7 +113,7 @@ def _bring(edge: OutEdge, have: Have, given: Given) -> OutEdge:
         committed_tokens=max(have.committed_tokens, given.tree.committed_tokens),
         held_tokens=have.committed_tokens,
         held=frozenset(slot for span in have.slots for slot in span),
-        waiting=tuple(missing(given, have)) if given.next_slot else (),
+        waiting=tuple(missing(given, have)) if given.tree.next_slot else (),
         backlog_bytes=0,
     )
 

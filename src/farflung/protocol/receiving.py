@@ -63,7 +63,10 @@ def _fits(tree: TokenTree, window: Window) -> bool:
         if not (run.parent in brought or tree.knows(run.parent)):
             return False
         brought.update(range(run.first, run.first + run.count))
-    return window.commit is None or window.commit.start <= tree.committed_tokens
+    commit = window.commit
+    if commit is None:
+        return True
+    return commit.start <= tree.committed_tokens and all(slot in brought or tree.knows(slot) for slot in commit.slots())
 
 
 def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[int]]:
@@ -75,14 +78,14 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
         window, places = keep_rows(window, lambda slot: not before.knows(slot))
         event = only(state, event, window, places)
     tree, dead = before.add(window.runs)
-    if tree.tokens > state.lease_tokens:
+    if window.commit is not None:
+        tree, died = tree.commit(window.commit)
+        dead |= died
+    if tree.tokens > state.lease_tokens:  # the dead give up their cells before the new slots take theirs
         raise LeaseExceeded(
             f"{tree.tokens} tokens would be in use, the lease is {state.lease_tokens}",
             hint="open the session with a larger lease: prompt + max_tokens + slots in flight",
         )
-    if window.commit is not None:
-        tree, died = tree.commit(window.commit)
-        dead |= died
     if len(tree.alive) > state.max_slots:
         raise ProtocolViolation(f"{len(tree.alive)} slots are not committed, at most {state.max_slots} are granted")
     if dead:
@@ -90,6 +93,8 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
         event = only(state, event, window, places)
     wanted = state.wanted.union(slot for span in window.want for slot in span)
     wanted = frozenset(slot for slot in wanted if slot == tree.root or slot in tree.alive)
+    if window.next_slot > tree.next_slot:  # the last ones died before they came: a header that is made anew must tell it, too
+        tree = replace(tree, next_slot=window.next_slot)
     pending = PendingWindow(window, event.payload, event.ids, tree, cost, event.at_s)
     return replace(state, tree=tree, wanted=wanted, queue=(*state.queue, pending)), repeated
 
@@ -110,6 +115,7 @@ def only(state: StageState, event: WindowReceived, window: Window, places: list[
         window,
         _rows_at(event.payload, places, state.row_bytes),
         _rows_at(event.ids, places, ID_BYTES) if state.has_ids else b"",
+        event.at_s,
     )
 
 

@@ -126,14 +126,7 @@ def _finish(state: StageState, event: StepDone) -> Transition:
     settled = _settled(state.computed, pending)
     if event.time is not None and window.timeline is not None:
         window = replace(window, timeline=(*window.timeline, event.time))
-    state = replace(
-        state,
-        queue=tuple(rest),
-        computing=False,
-        receiver=receiver,
-        computed=pending.tree,
-        next_slot=max(state.next_slot, window.next_slot),
-    )
+    state = replace(state, queue=tuple(rest), computing=False, receiver=receiver, computed=pending.tree)
     effects: tuple[StageEffect, ...] = () if settled is None else (settled,)
     if returned:
         effects += (ReturnCredit(returned),)
@@ -184,7 +177,7 @@ def _answers_of(state: StageState, slots: list[int], window: Window | None = Non
             slots=spans_of(some),
             tokens=tuple(answer.token for answer in answers),
             committed_tokens=state.computed.committed_tokens,
-            next_slot=state.next_slot,
+            next_slot=state.computed.next_slot,
             queue_rows=queue_rows,
             logprobs=tuple(answer.logprob for answer in answers if answer.logprob is not None),
             timeline=None if window is None else window.timeline,
@@ -193,7 +186,7 @@ def _answers_of(state: StageState, slots: list[int], window: Window | None = Non
 
 def _kept_answers(state: StageState) -> Iterator[Answer]:
     """What the owner may have missed while it had no line."""
-    if state.is_tail and state.next_slot:
+    if state.is_tail and state.computed.next_slot:
         yield from _answers_of(state, sorted(state.answers))
 
 
@@ -221,7 +214,7 @@ def _successor(state: StageState, event: StageEvent) -> Transition:
 
 
 def _given(state: StageState) -> Given:
-    return Given(state.computed, state.tree, state.wanted, state.next_slot)
+    return Given(state.computed, state.tree, state.wanted)
 
 
 def _flushed(state: StageState) -> Transition:

@@ -65,7 +65,6 @@ class StageState(Struct, frozen=True, kw_only=True):
         out: the edge to the successor; None at the tail.
         tree: what was received, dead slots dropped.
         computed: the tree after the last computed window.
-        next_slot: every slot below it has gone through the compute thread here, or is dead.
         wanted: slots, the root and alive ones, whose answers are wanted.
         queue: windows not computed yet, oldest first.
         early: windows that came before one they build on.
@@ -84,7 +83,6 @@ class StageState(Struct, frozen=True, kw_only=True):
     owner_attached: bool = False
     tree: TokenTree = field(default_factory=TokenTree)
     computed: TokenTree = field(default_factory=TokenTree)
-    next_slot: int = 0
     wanted: frozenset[int] = frozenset()
     queue: tuple[PendingWindow, ...] = ()
     early: tuple[WindowReceived, ...] = ()

@@ -79,20 +79,18 @@ class Given(NamedTuple):
         tree: of the rows that it has.
         latest: the newest tree: what is dead there need not go out.
         wanted: slots whose answers are wanted.
-        next_slot: every slot below it has come by, or is dead.
     """
 
     tree: TokenTree
     latest: TokenTree
     wanted: frozenset[int]
-    next_slot: int
 
 
 def missing(given: Given, have: Have) -> list[Window]:
     """The windows that bring a receiver from its ``have`` to what the sender can give, parents first.
 
-    The committed prefix comes in chunks that commit themselves, then the alive slots. Where no row is missing there is one
-    header, which tells the commits and which slots have gone out.
+    The committed prefix comes in chunks that commit themselves, then the alive slots. Where the last of these wants no answer a
+    header follows, so that what has gone out is acknowledged all the same.
     """
     tree, held = given.tree, {slot for span in have.slots for slot in span}
     windows: list[Window] = []
@@ -116,7 +114,7 @@ def missing(given: Given, have: Have) -> list[Window]:
     alive = [(slot, place.parent) for slot, place in tree.alive.items() if slot not in held and given.latest.holds(slot)]
     for start in range(0, len(alive), MAX_WINDOW_ROWS):
         add(alive[start : start + MAX_WINDOW_ROWS], None)
-    if not windows:
+    if not windows or not windows[-1].want:
         add([], None)
-    windows[-1] = replace(windows[-1], next_slot=given.next_slot)
+    windows[-1] = replace(windows[-1], next_slot=given.tree.next_slot)
     return windows
