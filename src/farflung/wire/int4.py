@@ -14,7 +14,8 @@ one code without a counterpart, and q = x / (c S) rounded to nearest, ties to ev
 at most half a scale, or a whole one for a value within a scale of the largest and of the other sign.
 
     S   = the largest magnitude that is left in the row / 1016, rounded up to bfloat16, at least 2^-133
-    |c| = the largest magnitude of the block / 8 S, rounded up, at most 127; 0 for a block of zeros
+    |c| = the largest magnitude of the block / 8 S, rounded up, at most 127; 0 for a block of zeros, or where that
+          quotient is zero in float32 (below 2^-149): the block becomes zeros
 
 All of it is float32 arithmetic of single, correctly rounded operations (c S and q c S are exact), so every implementation gives
 the same bytes. A row of width w with k = min(16, w) outliers, little endian, is
