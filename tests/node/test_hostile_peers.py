@@ -13,20 +13,25 @@ import pytest
 from models import tiny_model
 from virtual_swarm import World, WorldConfig, seeded_identity, world
 
-from farflung.core.errors import FarflungError
+from farflung.core.errors import BadSignature, FarflungError, RecordRefused
 from farflung.core.ids import ModelDigest, NodeId, SessionId
 from farflung.core.messages import Answer, Attach, Close, Credit, Fault, Grant, Message, Open, OpenText, Report, Trouble, Window
 from farflung.core.model import LayerRange
 from farflung.core.route import Hop, Route
 from farflung.core.sampling import SamplingOptions
 from farflung.core.window import Commit, SlotRun, SlotSpan
+from farflung.identity.allow_list import AllowList
 from farflung.identity.keys import Identity
+from farflung.identity.swarm_key import SwarmKey
 from farflung.lab.virtual_clock import run_virtual
+from farflung.node.admission import Admission
 from farflung.node.quotas import Quotas
 from farflung.node.service import NodeConfig
 from farflung.protocol.opening import OPEN_CONTEXT, encode_open_text
 from farflung.session.options import GenerateOptions
+from farflung.swarm.records import RECORD_CONTEXT, NodeRecord, SignedRecord
 from farflung.transport.link import Frame, Link, Priority
+from farflung.transport.memory import LinkShape
 
 STRANGER = seeded_identity(77)
 SESSION = SessionId("ab" * 16)
@@ -257,13 +262,18 @@ Attempt = Callable[[Stranger], None]
         (lambda s: s.send(2, prompt(17), (5).to_bytes(4, "little") * 17), "lease_exceeded"),
         (lambda s: s.send(2, replace_window(commit=Commit(0, (SlotSpan(0, 2**30),))), IDS), "protocol_violation"),
         (lambda s: s.send(2, replace_window(want=(SlotSpan(0, 2**30),)), IDS), "protocol_violation"),
+        (lambda s: and_then(s, window(2, 1), window(2, 0)), "protocol_violation"),
+        (lambda s: and_then(s, window(2, 1), window(3, 2, Commit(2, (SlotSpan(3, 1),)))), "protocol_violation"),
+        (lambda s: and_then(s, window(2, 1), window(3, 1, Commit(2, (SlotSpan(2, 1), SlotSpan(3, 1))))), "protocol_violation"),
+        (lambda s: and_then(s, window(2, 1, Commit(1, (SlotSpan(0, 1), SlotSpan(2, 1))))), "protocol_violation"),
         (lambda s: s.send(2, Credit(5)), "protocol_violation"),
         (lambda s: s.send(2, Answer((), (), 0)), "protocol_violation"),
         (lambda s: s.send(2, Attach(SESSION)), "protocol_violation"),
     ],
     ids=[
         "token id beyond the vocabulary", "negative token id", "half a token", "no buffer", "two buffers", "older epoch",
-        "over the lease", "huge commit", "huge want", "credit from nowhere", "an answer", "attach",
+        "over the lease", "huge commit", "huge want", "slot used again elsewhere", "commit that skips a token",
+        "commit that is no path down the tree", "commit against an earlier one", "credit from nowhere", "an answer", "attach",
     ],
 )  # fmt: skip
 def test_a_window_that_breaks_a_rule_ends_its_session_only(model: Path, attempt: Attempt, code: str) -> None:
@@ -292,6 +302,18 @@ def test_a_window_that_builds_on_what_never_comes_waits_and_goes_with_its_sessio
             assert fault.code == "protocol_violation"
 
     run_virtual(run())
+
+
+def window(slot: int, parent: int, commit: Commit | None = None) -> Window:
+    """One more token, after a prompt of two."""
+    return Window(1, (SlotRun(slot, 1, parent),), (SlotSpan(slot, 1),), commit)
+
+
+def and_then(stranger: Stranger, *windows: Window) -> None:
+    """A prompt and then windows of a token each."""
+    stranger.send(2, prompt(), IDS)
+    for one in windows:
+        stranger.send(2, one, IDS[:4])
 
 
 def replace_window(**changes: object) -> Window:
@@ -397,6 +419,126 @@ def test_a_fault_of_the_tail_reaches_an_owner_that_is_not_attached_there(model: 
                 break
 
     run_virtual(run())
+
+
+def test_a_slot_that_hangs_under_a_dead_one_is_dropped_and_nothing_else_happens(model: Path) -> None:
+    async def run() -> None:
+        async with stranger_at(model) as stranger:
+            stranger.open(2)
+            and_then(stranger, window(2, 1, Commit(2, (SlotSpan(2, 1),))), window(3, 0))
+            await stranger.hears_nothing()
+            tree = stranger.made.nodes[0].table.sessions[0].state.tree
+            assert (tree.committed_tokens, len(tree.alive)) == (3, 0)
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["good signatures", "bad signatures"])
+def test_a_flood_of_openings_costs_the_stranger_its_link_and_an_honest_session_no_token(model: Path, signed: bool) -> None:
+    async def run() -> None:
+        async with stranger_at(model) as stranger:
+            owner = {} if signed else {"owner": seeded_identity(78).node_id}
+            options = GenerateOptions(max_tokens=40, codecs=("fp32",), ignore_eos=True)
+            alone = [token.id async for token in stranger.made.swarm.generate([5, 6, 7], options)]
+            tokens = []
+            async for token in stranger.made.swarm.generate([5, 6, 7], options):
+                tokens.append(token.id)
+                for number in range(50 * len(tokens), 50 * len(tokens) + 50):
+                    if stranger.link.is_up:
+                        stranger.open(2 * number + 2, session=SessionId(f"{number:032x}"), lease_tokens=16, **owner)
+            assert tokens == alone
+            await asyncio.sleep(1)
+            assert not stranger.link.is_up
+            assert len(stranger.made.nodes[0].table.sessions) <= 16  # as many as fit the KV
+
+    run_virtual(run())
+
+
+def test_a_stranger_that_reads_nothing_is_ended_and_holds_up_nobody(model: Path) -> None:
+    async def run() -> None:
+        async with stranger_at(model) as stranger:
+            node = stranger.made.nodes[0]
+            stranger.made.network.shape(node.node_id, STRANGER.node_id, LinkShape(rate_bytes_per_s=10.0), LinkShape())
+            for number in range(400):
+                stranger.send(2 * number + 2, Attach(SessionId(f"{number:032x}")))  # most are refused, in words
+            options = GenerateOptions(max_tokens=200, codecs=("fp32",), ignore_eos=True)
+            began_s = asyncio.get_running_loop().time()
+            assert len([token async for token in stranger.made.swarm.generate([5, 6, 7], options)]) == 200
+            assert asyncio.get_running_loop().time() - began_s < 200 * 0.06  # a ring of three times 10 ms, and jitter
+            await asyncio.sleep(30)
+            assert STRANGER.node_id not in [link.peer for link in node._pool.links]
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("message", [None, Attach(SESSION)], ids=["open", "attach"])
+def test_a_driver_that_is_not_listed_is_refused_by_name(model: Path, message: Attach | None) -> None:
+    async def run() -> None:
+        listed = Admission(drivers=AllowList(frozenset({seeded_identity(200).node_id})))
+        async with stranger_at(model, config=NodeConfig(admission=listed)) as stranger:
+            if message is None:
+                stranger.open(2)
+            else:
+                stranger.send(2, message)
+            fault = await stranger.receive(2)
+            assert isinstance(fault, Fault)
+            assert fault.code == "not_admitted"
+            assert fault.hint
+
+    run_virtual(run())
+
+
+def test_a_driver_that_is_listed_later_is_served_then(model: Path) -> None:
+    async def run() -> None:
+        listed = AllowList(frozenset({seeded_identity(200).node_id}))
+        async with stranger_at(model, config=NodeConfig(admission=Admission(drivers=listed))) as stranger:
+            stranger.open(2)
+            assert isinstance(await stranger.receive(2), Fault)
+            for node in stranger.made.nodes:
+                node.admit(Admission(drivers=AllowList(listed.node_ids | {STRANGER.node_id})))
+            stranger.open(4, session=SessionId("cd" * 16))
+            await stranger.hears_nothing()
+            assert len(stranger.made.nodes[0].table.sessions) == 1
+
+    run_virtual(run())
+
+
+def test_an_owner_without_the_swarms_key_is_refused_though_a_member_brings_its_opening(model: Path) -> None:
+    async def run() -> None:
+        async with stranger_at(model) as stranger:
+            tail = stranger.made.nodes[1]
+            tail.admit(Admission(swarm_key=SwarmKey(bytes(32))))
+            stranger.open(2)
+            trouble = await stranger.receive(2)
+            assert isinstance(trouble, Trouble | Fault)
+            assert (trouble.code, trouble.node_id) == ("not_admitted", tail.node_id)
+            tail.admit(Admission())
+
+    run_virtual(run())
+
+
+def test_forged_and_replayed_records_lead_nobody_astray(model: Path) -> None:
+    async def run() -> None:
+        async with stranger_at(model) as stranger:
+            service, node = stranger.made.service, stranger.made.nodes[0]
+            entry = next(entry for entry in service.entries() if entry.record.node_id == node.node_id)
+            mine = replace_record(entry.record, sequence=entry.record.sequence + 1, addresses=("192.0.2.66:1",))
+            text = msgspec.json.encode(mine)
+            with pytest.raises(BadSignature):
+                service.announce(SignedRecord(text, STRANGER.sign(text, context=RECORD_CONTEXT)))
+            with pytest.raises(RecordRefused, match="not newer"):
+                service.announce(entry.signed)
+            await asyncio.sleep(86_400)
+            with pytest.raises(RecordRefused, match="ago"):
+                service.announce(entry.signed)
+            now = next(entry for entry in service.entries() if entry.record.node_id == node.node_id)
+            assert now.record.addresses == entry.record.addresses
+
+    run_virtual(run())
+
+
+def replace_record(record: NodeRecord, **changes: object) -> NodeRecord:
+    return msgspec.structs.replace(record, **changes)
 
 
 STRANGER_OPTIONS = GenerateOptions(max_tokens=20, codecs=("fp32",), ignore_eos=True)
