@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 from farflung.core.errors import UsageError
 from farflung.core.model import LayerRange
@@ -19,16 +20,29 @@ def check_dtype(dtype: str) -> None:
         raise UsageError(f"--dtype {dtype!r} is unknown", hint="use auto, fp32 or bf16")
 
 
-def check_layers(layers: str) -> None:
-    """Raises UsageError for what can be no choice of layers of any model: before minutes of loading, not after."""
-    if layers == "auto":
-        return
-    if "/" not in layers:
-        LayerRange.parse(layers)
-        return
-    part, _, parts = layers.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise UsageError(f"--layers {layers!r} is no part of a model", hint="write K/N with 1 <= K <= N, e.g. 2/3")
+class Part(NamedTuple):
+    """The ``number``-th of ``of`` parts of a model, from 1, as equal as whole layers allow."""
+
+    number: int
+    of: int
+
+    def layers(self, count: int) -> LayerRange:
+        """Of a model with ``count`` layers. Raises UsageError where there are more parts than layers."""
+        if self.of > count:
+            raise UsageError(f"{count} layers cannot be cut into {self.of} parts", hint=f"use at most {count} parts")
+        return LayerRange((self.number - 1) * count // self.of, self.number * count // self.of)
+
+
+def parse_layers(text: str) -> LayerRange | Part | None:
+    """``A:B``, ``K/N`` or ``auto`` (None). Raises UsageError for what can be no layers of any model."""
+    if text == "auto":
+        return None
+    if "/" not in text:
+        return LayerRange.parse(text)
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--layers {text!r} is no part of a model", hint="write K/N with 1 <= K <= N, e.g. 2/3")
+    return Part(int(match[1]), int(match[2]))
 
 
 def parse_codecs(text: str) -> tuple[str, ...]:

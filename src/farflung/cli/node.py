@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farflung.cli.admission import Allow, OpenToAnyone, SwarmKeyOption, read_admission
-from farflung.cli.choices import check_dtype, check_layers, offered_codecs, parse_codecs, torch_dtype
+from farflung.cli.choices import Part, check_dtype, offered_codecs, parse_codecs, parse_layers, torch_dtype
 from farflung.cli.directory import directory_at
 from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, ExitWithStdin, Json, Model, State, examples
 from farflung.cli.output import Output, command
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from farflung.node.admission import Admission
 
 app = typer.Typer()
-
-AUTO = "auto"
 
 
 @app.command(
@@ -49,7 +46,7 @@ def node(
             metavar="A:B|K/N|auto",
             help="Layers A to B-1, part K of N, or auto: all that are missing and fit in memory.",
         ),
-    ] = AUTO,
+    ] = "auto",
     listen: Annotated[
         str,
         typer.Option("--listen", metavar="HOST:PORT", help="Where others connect; port 0 takes a free one."),
@@ -87,6 +84,10 @@ def node(
             help="Share of the KV that one driver may hold; 0: half for strangers, else all.",
         ),
     ] = 0.0,
+    log_memory: Annotated[
+        int, typer.Option("--log-memory", min=1, help="MiB of memory for rows sent on, so that they can be sent again.")
+    ] = 256,
+    log_disk: Annotated[int, typer.Option("--log-disk", min=0, help="MiB of disk for those rows where memory is full.")] = 4096,
     state: State = None,
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Use a new key and forget it at the end: for trying things out.")
@@ -105,12 +106,12 @@ def node(
     with command(json=json, debug=debug) as out:
         check_dtype(dtype)
         codecs = offered_codecs(parse_codecs(codec))
-        check_layers(layers)
+        wanted_layers = parse_layers(layers)
         admission = _admission(swarm_key, tuple(allow or ()), (listen, *(advertise or ())), open_to_anyone=open_to_anyone)
         options = NodeOptions(
             directory=directory,
             model=model,
-            layers=layers,
+            layers=wanted_layers,
             listen=listen,
             advertise=tuple(advertise or ()),
             dtype=dtype,
@@ -123,6 +124,8 @@ def node(
             admission=admission,
             allow=tuple(allow or ()),
             driver_share=driver_share,
+            log_memory_mib=log_memory,
+            log_disk_mib=log_disk,
         )
         prepare_environment(threads, os.environ)
         _run(out, options, watch)
@@ -187,16 +190,16 @@ async def _choose_layers(options: NodeOptions, source: ModelSource, spec: ModelS
     from farflung.planning.placement import choose_layers
 
     served = await _served(options, spec)
-    if options.layers == AUTO:
+    wanted = options.layers
+    if wanted is None:
         return choose_layers(served, spec.layers, layers_that_fit(source, torch_dtype(options.dtype).itemsize))
-    if "/" in options.layers:
-        return part_of(options.layers, spec.layers)
-    layers = LayerRange.parse(options.layers)
-    if layers.stop > spec.layers:
+    if isinstance(wanted, Part):
+        return wanted.layers(spec.layers)
+    if wanted.stop > spec.layers:
         raise UsageError(
-            f"layers {layers} were asked for, but {spec.name} has {spec.layers}", hint=f"use at most 0:{spec.layers}"
+            f"layers {wanted} were asked for, but {spec.name} has {spec.layers}", hint=f"use at most 0:{spec.layers}"
         )
-    return layers
+    return wanted
 
 
 async def _served(options: NodeOptions, spec: ModelSpec) -> list[LayerRange]:
@@ -209,15 +212,6 @@ async def _served(options: NodeOptions, spec: ModelSpec) -> list[LayerRange]:
     return ranges_of(records, spec.digest, spec.layers)
 
 
-def part_of(text: str, layers: int) -> LayerRange:
-    """``"K/N"``: the K-th of N parts, as equal as whole layers allow. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text.strip())
-    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= layers:
-        raise UsageError(f"{text!r} is no part of {layers} layers", hint="write K/N with 1 <= K <= N, e.g. 2/3")
-    part, parts = int(match[1]), int(match[2])
-    return LayerRange((part - 1) * layers // parts, part * layers // parts)
-
-
 def _load_what_is_needed(out: Output, options: NodeOptions, source: ModelSource, spec: ModelSpec) -> TorchBackend:
     """Loads the layers to serve. With ``auto`` it looks again afterwards: nodes that were started together chose the same ones,
     and the first to be ready keeps them."""
@@ -226,7 +220,7 @@ def _load_what_is_needed(out: Output, options: NodeOptions, source: ModelSource,
     while True:
         layers = asyncio.run(_choose_layers(options, source, spec))
         backend = _load(out, options, source, spec, layers)
-        if options.layers != AUTO or is_still_needed(layers, asyncio.run(_served(options, spec)), spec.layers):
+        if options.layers is not None or is_still_needed(layers, asyncio.run(_served(options, spec)), spec.layers):
             return backend
         out.note(f"layers {layers} are served by others by now, and layers are missing elsewhere: choosing again")
         asyncio.run(backend.aclose())

@@ -8,6 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import platformdirs
+
 from farflung.cli.admission import describe, quotas_for, read_admission
 from farflung.cli.directory import directory_at
 from farflung.cli.output import Output
@@ -16,9 +18,12 @@ from farflung.core.errors import FarflungError
 from farflung.core.ids import short
 
 if TYPE_CHECKING:
+    from farflung.cli.choices import Part
+    from farflung.core.model import LayerRange
     from farflung.engine.torch_backend import TorchBackend
     from farflung.identity.keys import Identity
     from farflung.node.admission import Admission
+    from farflung.node.log_budget import LogConfig
     from farflung.node.service import Node
 
 
@@ -28,7 +33,7 @@ class NodeOptions:
 
     directory: str
     model: str
-    layers: str
+    layers: LayerRange | Part | None
     listen: str
     advertise: tuple[str, ...]
     dtype: str
@@ -41,6 +46,20 @@ class NodeOptions:
     admission: Admission
     allow: tuple[str, ...]
     driver_share: float
+    log_memory_mib: int
+    log_disk_mib: int
+
+    @property
+    def log(self) -> LogConfig:
+        """Room for the rows that may have to be sent again."""
+        from farflung.node.log_budget import LogConfig
+
+        place = self.state or platformdirs.user_cache_path("farflung", appauthor=False)
+        return LogConfig(
+            memory_bytes=self.log_memory_mib << 20,
+            disk_bytes=self.log_disk_mib << 20,
+            directory=place / "rows" if self.log_disk_mib else None,
+        )
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -65,6 +84,7 @@ async def serve_stage(
         t_curve_ms=await measure_t_curve(backend),
         admission=options.admission,
         quotas=quotas_for(options.admission, options.addresses, options.driver_share),
+        log=options.log,
         table=TableConfig(codecs=options.codecs),
     )
     with stop_requests(watch) as stop:
