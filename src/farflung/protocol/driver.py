@@ -204,6 +204,10 @@ def _first_stage(state: DriverState, event: SuccessorUp | SuccessorLost | HaveRe
         case SuccessorLost():
             return outgoing.lost(state.out)
         case HaveReceived():
+            if event.have.committed_tokens > state.tree.committed_tokens:
+                raise ProtocolViolation(
+                    f"the first stage holds {event.have.committed_tokens} committed tokens, of {state.tree.committed_tokens}"
+                )
             return outgoing.resume(state.out, event.have, given)
         case CreditReceived():
             return outgoing.refill(state.out, event.bytes)
@@ -222,11 +226,12 @@ def _prefill(state: DriverState) -> Transition:
 
 
 def _accept(state: DriverState, answer: Answer) -> Transition:
-    slots = [slot for span in answer.slots for slot in span]
-    if len(slots) != len(answer.tokens) or len(answer.logprobs) not in (0, len(slots)):
+    count = sum(span.count for span in answer.slots)  # before they are listed: spans are short, what they name may be long
+    if count != len(answer.tokens) or len(answer.logprobs) not in (0, count):
         raise ProtocolViolation(
-            f"the tail answered {len(slots)} slots with {len(answer.tokens)} tokens, {len(answer.logprobs)} log-probabilities"
+            f"the tail answered {count} slots with {len(answer.tokens)} tokens, {len(answer.logprobs)} log-probabilities"
         )
+    slots = [slot for span in answer.slots for slot in span]
     if answer.next_slot > state.tree.next_slot or any(slot >= state.tree.next_slot for slot in slots):
         raise ProtocolViolation(f"the tail answered for slots from {state.tree.next_slot} on, which were never sent")
     state = replace(state, covered=max(state.covered, answer.next_slot))

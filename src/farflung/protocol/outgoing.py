@@ -19,6 +19,7 @@ from farflung.core.errors import ProtocolViolation
 from farflung.core.messages import Have, Window
 from farflung.core.tree import TokenTree
 from farflung.protocol.credit import INITIAL_CREDIT_BYTES, SenderCredit
+from farflung.protocol.limits import MAX_ALIVE_SLOTS
 from farflung.protocol.windows import Given, keep_rows, missing
 
 
@@ -96,12 +97,14 @@ def begin(edge: OutEdge, given: Given) -> OutEdge:
 def resume(edge: OutEdge, have: Have, given: Given) -> OutEdge:
     """The receiver told what it holds.
 
-    Raises ProtocolViolation where nobody asked, or the epoch is another.
+    Raises ProtocolViolation where nobody asked, the epoch is another, or numbers are out of range.
     """
     if edge.status is not EdgeStatus.ASKING:
         raise ProtocolViolation("a Have came that nobody asked for")
     if have.epoch != edge.epoch:
         raise ProtocolViolation(f"a Have of epoch {have.epoch} came on an edge of epoch {edge.epoch}")
+    if (slots := sum(span.count for span in have.slots)) > MAX_ALIVE_SLOTS:
+        raise ProtocolViolation(f"a Have names {slots} slots, at most {MAX_ALIVE_SLOTS} are not committed")
     return _bring(edge, have, given)
 
 
