@@ -111,6 +111,9 @@ class RecordingLink:
     def end(self, error: FarflungError) -> None:
         self._inner.end(error)
 
+    def idle_frame(self) -> None:
+        self._inner.idle_frame()
+
     def on_frame(self, link: Link, channel: int, frame: Frame) -> None:
         now_s = asyncio.get_running_loop().time()
         sizes = tuple(len(buffer) for buffer in frame.buffers)

@@ -272,3 +272,19 @@ def test_where_all_links_are_in_use_the_newcomer_is_turned_away() -> None:
         await asyncio.gather(*(link.close() for link in links))
 
     run(scenario, PoolLimits(links=2))
+
+
+def test_frames_for_nobody_are_dropped_and_without_end_they_end_their_link() -> None:
+    async def scenario(pair: Pair) -> None:
+        pair.pool._on_new_line = lambda line, frame: None  # wants none of them
+        link = await pair.dial_back()
+        for _ in range(4000):
+            link.send(2, numbered(1), Priority.DECODE)
+        await asyncio.sleep(1)
+        assert link.is_up
+        for _ in range(2000):
+            link.send(2, numbered(1), Priority.DECODE)
+        await asyncio.sleep(1)
+        assert not link.is_up
+
+    run(scenario)

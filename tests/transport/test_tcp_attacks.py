@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -62,7 +63,9 @@ async def raw(node: Node, *, tls: Any = None) -> AsyncIterator[tuple[asyncio.Str
             await writer.wait_closed()
 
 
-def attack(scenario: Callable[[TcpWorld, Node], Awaitable[None]], gate: GateConfig | None = None) -> None:
+def attack(
+    scenario: Callable[[TcpWorld, Node], Awaitable[None]], gate: GateConfig | None = None, config: LinkConfig = QUICK
+) -> None:
     """Runs it against a listening node, which must serve an honest peer afterwards."""
 
     async def whole(world: TcpWorld) -> None:
@@ -75,7 +78,7 @@ def attack(scenario: Callable[[TcpWorld, Node], Awaitable[None]], gate: GateConf
         _, heard = await victim.first_link()
         await heard.until_frames(1)
 
-    TcpWorld(gate).run(whole, QUICK)
+    TcpWorld(gate).run(whole, config)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,18 @@ def test_pings_of_a_peer_that_reads_nothing_pile_nothing_up() -> None:
         assert isinstance(link, FrameLink)
         assert victim.transport._setup.links.uplink.queued_bytes(link) == 0
         writer.transport.abort()
+        victim.accepted.clear()
+
+    attack(scenario, config=replace(QUICK, idle_frames_burst=30_000))
+
+
+def test_pings_without_end_and_without_a_pause_end_their_link() -> None:
+    async def scenario(world: TcpWorld, victim: Node) -> None:
+        async with raw(victim, tls=client_context(Identity.generate())) as (_, writer):
+            writer.write(on_wire(HELLO))
+            _, heard = await victim.first_link()
+            writer.write(on_wire(Ping(1)) * 20_000)
+            assert "of no use" in str(await heard.until_lost())
         victim.accepted.clear()
 
     attack(scenario)

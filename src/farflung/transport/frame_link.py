@@ -76,6 +76,7 @@ class FrameLink:
         self._uplink = setup.uplink
         self._source = source
         self._openings = setup.openings
+        self._idle_frames = setup.idle_frames
         self._half_received = setup.half_received
         self._config = config = setup.config
         self._check_hello = setup.check
@@ -172,6 +173,10 @@ class FrameLink:
         elif self._held is None:
             self._loop.call_soon(self._tell_lost)
 
+    def idle_frame(self) -> None:
+        if not self._idle_frames.take(self._source, self._heard):
+            raise LinkOverloaded(f"{self._source} sends more than {self._idle_frames.per_s:g} frames of no use a second")
+
     # ---- called by the wire ----
 
     def on_bytes(self, chunks: Sequence[bytes], wire_bytes: int) -> None:
@@ -262,6 +267,7 @@ class FrameLink:
                 self._beat()
                 self._on_greeted(self, None)
             case Ping() if self.peer_hello is not None:
+                self.idle_frame()
                 if self.writable:  # as for pings; and a peer that asks without reading makes nothing pile up here
                     self._post(Pong(message.number, self._delivery.bytes_per_s))
             case Pong() if self.peer_hello is not None:

@@ -36,7 +36,7 @@ class GateConfig:
     greetings: int = 256
     greetings_per_source: int = 64
     burst: int = 128
-    per_s: float = 8.0
+    per_s: float = 4.0
 
 
 class Gate(Generic[C]):

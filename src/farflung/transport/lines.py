@@ -270,8 +270,11 @@ class _LinkLines:
         if held is not None:
             line, handler = held
             handler.on_frame(line, frame)
-        elif self._on_new_line is not None and channel % 2 != self._own_parity:
+            return
+        if self._on_new_line is not None and channel % 2 != self._own_parity:
             self._on_new_line(Line(self, channel), frame)
+        if channel not in self.handlers:
+            link.idle_frame()
 
     def on_lost(self, link: Link, error: FarflungError) -> None:
         if self._timer is not None:

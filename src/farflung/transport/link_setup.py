@@ -28,6 +28,7 @@ class LinkSetup:
         uplink: by which all of them send.
         half_received: budget of all of them.
         openings: how often each address may open sessions.
+        idle_frames: how often it may send what is of no use.
     """
 
     me: NodeId
@@ -37,12 +38,14 @@ class LinkSetup:
     uplink: Uplink
     half_received: HalfReceived
     openings: Rates
+    idle_frames: Rates
 
     @classmethod
     def of(cls, me: NodeId, config: LinkConfig, hello: Hello, swarm_key: SwarmKey | None) -> LinkSetup:
         uplink, half_received = Uplink(config.max_queued_bytes_in_all), HalfReceived(config.max_partial_bytes)
         openings = Rates(config.openings_burst, config.openings_per_s)
-        return cls(me, config, hello, swarm_key, uplink, half_received, openings)
+        idle_frames = Rates(config.idle_frames_burst, config.idle_frames_per_s)
+        return cls(me, config, hello, swarm_key, uplink, half_received, openings, idle_frames)
 
     def hello_to(self, peer: NodeId) -> Hello:
         return replace(self.hello, proof=link_proof(self.swarm_key, self.me, peer))
