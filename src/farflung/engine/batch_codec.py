@@ -1,8 +1,7 @@
 """Coded rows of several sessions at once: one call per codec of a step instead of one per session.
 
-A call of a codec costs 40 to 100 us however few rows it gets, and coded rows have a fixed size and do not depend on each other,
-so that joined buffers decode to joined rows. Where a joint call fails, each session is tried alone and only its own fault is
-its error.
+Coded rows have a fixed size and do not depend on each other, so that joined buffers decode to joined rows. Where a joint call
+fails, each session is tried alone and only its own fault is its error.
 """
 
 from __future__ import annotations
