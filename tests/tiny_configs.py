@@ -12,7 +12,7 @@ LAYERS, VOCABULARY, CONTEXT, WINDOW = 6, 320, 512, 16
 
 _SIZES: dict[int, tuple[str, ...]] = {
     LAYERS: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"),
-    VOCABULARY: ("vocab_size",),
+    VOCABULARY: ("vocab_size", "vocab_size_per_layer_input"),
     CONTEXT: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"),
     WINDOW: ("sliding_window", "sliding_window_size", "window_size", "attention_window", "local_attention"),
     128: ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "model_dim"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from farflung.engine.attention import ATTENTION
 from farflung.engine.manifest import ModelManifest
 from farflung.engine.skeleton import Anatomy, Config, Skeleton, anatomy, build_skeleton, layer_count, slice_config
 from farflung.engine.source import ModelSource, Progress, Stored
+
+_HOLLOW = 0.01
+"""Every weight of a hollow stage: small, so that nothing overflows however many are summed."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,37 @@ def load_stage(
     _fill_buffers(model, parts, layers)
     _Filling(model, source, dtype, manifest, progress).run(values)
     return _cut(model, parts, layers, config, dtype)
+
+
+def hollow_stage(config: Config, layers: LayerRange) -> StageModule:
+    """A stage at its real size whose weights are one value each, repeated without memory: for finding out how it is called.
+
+    Raises UnsupportedModel.
+    """
+    config = copy.deepcopy(config)
+    model = build_skeleton(config, ATTENTION)
+    parts = anatomy(model)
+    _fill_buffers(model, parts, layers)
+    for module in model.modules():
+        if type(module) is nn.Linear:  # whose kernel would copy the weight, as those of fused experts would
+            module.forward = partial(_hollow_linear, module.out_features)
+        elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            module.forward = _no_experts
+    for name in stage_parameters(model, parts, layers):
+        place, _, last = name.rpartition(".")
+        module = model.get_submodule(place)
+        empty = getattr(module, last)
+        value = torch.full((), _HOLLOW, dtype=empty.dtype).expand(empty.shape)
+        setattr(module, last, nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value)
+    return _cut(model, parts, layers, config, torch.float32)
+
+
+def _hollow_linear(outputs: int, hidden: torch.Tensor) -> torch.Tensor:
+    return (hidden.sum(-1, keepdim=True) * _HOLLOW).repeat_interleave(outputs, -1)
+
+
+def _no_experts(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.zeros_like(hidden)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,14 +32,26 @@ _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def learn_recipe(stage: StageModule) -> Recipe:
-    """Watches one forward of ``stage``. Its attention becomes ours. Raises UnsupportedModel."""
-    family = stage.config.model_type
-    try:
+    """Watches one forward of ``stage`` and tries what it saw. Its attention becomes ours. Raises UnsupportedModel."""
+    with _named(stage):
         recipe = _learn(stage)
         self_check(stage, recipe)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"family {family!r} cannot be split: {error.message}", hint=error.hint) from error
     return recipe
+
+
+def learn_calls(stage: StageModule) -> Recipe:
+    """The same without trying it, for a stage without weights of its own."""
+    with _named(stage):
+        return _learn(stage)
+
+
+@contextmanager
+def _named(stage: StageModule) -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedModel as error:
+        family = stage.config.model_type
+        raise UnsupportedModel(f"family {family!r} cannot be split: {error.message}", hint=error.hint) from error
 
 
 def _learn(stage: StageModule) -> Recipe:

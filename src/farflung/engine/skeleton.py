@@ -28,6 +28,10 @@ MAX_LAYERS = 4096
 """Building a layer costs time even without memory; a forged configuration must not cost hours."""
 
 
+def _counts_layers(key: str) -> bool:
+    return "layers" in key or key.endswith("layer") or "block_count" in key
+
+
 @contextmanager
 def understood(what: str) -> Iterator[None]:
     """Around calls that hand a stranger's configuration to transformers, which fails on a bad one in many ways: raises
@@ -123,7 +127,7 @@ def refuse_absurd(raw: Mapping[str, object]) -> None:
     for key, value in raw.items():
         if isinstance(value, dict):
             refuse_absurd(value)
-        elif isinstance(value, int) and value > MAX_LAYERS and ("layer" in key or "block_count" in key):
+        elif isinstance(value, int) and value > MAX_LAYERS and _counts_layers(key):
             raise UnsupportedModel(f"the configuration sets {key} to {value}; more than {MAX_LAYERS} layers are not built")
 
 
@@ -173,16 +177,37 @@ def slice_config(config: Config, start: int, stop: int) -> None:
             setattr(config, key, value[start:stop])
 
 
-def describe(config: Config, name: str, digest: ModelDigest, eos_token_ids: tuple[int, ...]) -> ModelSpec:
-    """The noun that travels. Raises UnsupportedModel where a number is missing."""
-    return ModelSpec(
-        name=name,
-        family=config.model_type,
-        digest=digest,
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a configuration that everybody needs; see ``ModelSpec``."""
+
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    context_tokens: int
+
+
+def describe_shape(config: Config) -> Shape:
+    """Raises UnsupportedModel where a number is missing."""
+    return Shape(
         layers=layer_count(config),
         hidden_size=_number(config, "hidden_size"),
         vocab_size=_number(config, "vocab_size"),
         context_tokens=_number(config, "max_position_embeddings"),
+    )
+
+
+def describe(config: Config, name: str, digest: ModelDigest, eos_token_ids: tuple[int, ...]) -> ModelSpec:
+    """The noun that travels. Raises UnsupportedModel where a number is missing."""
+    shape = describe_shape(config)
+    return ModelSpec(
+        name=name,
+        family=config.model_type,
+        digest=digest,
+        layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        context_tokens=shape.context_tokens,
         eos_token_ids=eos_token_ids,
     )
 
