@@ -41,12 +41,21 @@ class MemoryNetwork:
         random: draws jitter and loss.
         config: limits and rhythms of all links.
         shape: of every path that ``shape`` does not name; ideal by default.
+        shape_of: gives that of the path from one node to another instead, asked when the path is first used.
     """
 
-    def __init__(self, random: random.Random, *, config: LinkConfig | None = None, shape: LinkShape | None = None) -> None:
+    def __init__(
+        self,
+        random: random.Random,
+        *,
+        config: LinkConfig | None = None,
+        shape: LinkShape | None = None,
+        shape_of: Callable[[NodeId, NodeId], LinkShape] | None = None,
+    ) -> None:
         self.config = config or LinkConfig()
         self._random = random
-        self._shape = shape or LinkShape()
+        ordinary = shape or LinkShape()
+        self._shape_of = shape_of or (lambda _, __: ordinary)
         self._paths: dict[tuple[NodeId, NodeId], Path] = {}
         self._wires: dict[MemoryWire, MemoryTransport] = {}
         self._listeners: dict[str, MemoryListener] = {}
@@ -150,7 +159,7 @@ class MemoryNetwork:
     def _path(self, sender: NodeId, receiver: NodeId) -> Path:
         path = self._paths.get((sender, receiver))
         if path is None:
-            path = self._paths[sender, receiver] = Path(self._shape, self._random)
+            path = self._paths[sender, receiver] = Path(self._shape_of(sender, receiver), self._random)
         return path
 
     def _reset(self, why: str, chosen: Callable[[tuple[NodeId, NodeId]], bool]) -> None:

@@ -7,6 +7,7 @@ round trip of sending it again, and what comes after waits for it, so a stream n
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +32,8 @@ class LinkShape:
     Attributes:
         delay_s: from sending to arrival, at least.
         jitter_s: each fragment takes up to that much longer, evenly distributed.
+        jitter_std_s: the delay varies around ``delay_s``, normally distributed with this deviation and never below 0 ...
+        jitter_memory_s: ... and with that memory: a burst shares its delay, as it does behind a real queue.
         rate_bytes_per_s: at which bytes pass; None: at once.
         queue_bytes: that may wait to pass before the sender is told to stop: the delay that bulk can add.
         loss: chance of each fragment to be lost and sent again, a round trip later.
@@ -38,13 +41,16 @@ class LinkShape:
 
     delay_s: float = 0.0
     jitter_s: float = 0.0
+    jitter_std_s: float = 0.0
+    jitter_memory_s: float = 0.02
     rate_bytes_per_s: float | None = None
     queue_bytes: int = _UNSENT_BYTES
     loss: float = 0.0
 
     def __post_init__(self) -> None:
         rate_is_right = self.rate_bytes_per_s is None or self.rate_bytes_per_s > 0
-        if not (self.delay_s >= 0 and self.jitter_s >= 0 and rate_is_right and self.queue_bytes >= 0 and 0 <= self.loss < 1):
+        times = (self.delay_s, self.jitter_s, self.jitter_std_s, self.jitter_memory_s)
+        if not (min(times) >= 0 and rate_is_right and self.queue_bytes >= 0 and 0 <= self.loss < 1):
             raise UsageError(f"{self} is no path", hint="times and sizes are at least 0, rates above 0, loss below 1")
 
 
@@ -80,6 +86,7 @@ class Path:
         self.silent = False
         self.wires: dict[MemoryWire, None] = {}
         self._random = random
+        self._wander, self._wander_at = 0.0, -math.inf
         self._healed: list[asyncio.Future[None]] = []
         self.reshape(shape)
 
@@ -93,9 +100,18 @@ class Path:
         at = self.pipe.passed_at(uplink.passed_at(now, size), size) + shape.delay_s
         if shape.jitter_s:
             at += self._random.uniform(0.0, shape.jitter_s)
+        if shape.jitter_std_s:
+            at += max(-shape.delay_s, shape.jitter_std_s * self._wandered(at, shape.jitter_memory_s))
         while shape.loss and self._random.random() < shape.loss:
             at += round_trip_s
         return at
+
+    def _wandered(self, at: float, memory_s: float) -> float:
+        """A standard normal value that at times apart by ``dt`` correlates by exp(-dt / memory) (Ornstein and Uhlenbeck)."""
+        kept = math.exp(min(0.0, self._wander_at - at) / memory_s) if memory_s else 0.0
+        self._wander = kept * self._wander + math.sqrt(1 - kept * kept) * self._random.gauss(0.0, 1.0)
+        self._wander_at = at
+        return self._wander
 
     def fall_silent(self) -> None:
         self.silent = True
