@@ -11,7 +11,7 @@ from farflung.core.sampling import SamplingOptions
 from farflung.core.units import Bytes
 from farflung.core.window import Commit, SlotRun, SlotSpan, spans_of
 
-A, B, C = (NodeId(digit * 64) for digit in "abc")
+A, B, C, D, E, F = (NodeId(digit * 64) for digit in "abcdef")
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:5", "6:5", "-1:4", "a:b", "1:2:3", "1:99999999"])
@@ -43,13 +43,28 @@ def test_a_route_with_a_gap_or_a_repeated_node_is_refused(hops: tuple[Hop, ...])
         Route(hops)
 
 
-def test_a_route_knows_places_and_successors() -> None:
+def test_a_route_knows_places_and_neighbours() -> None:
     route = Route((Hop(A, LayerRange(0, 2)), Hop(B, LayerRange(2, 6))))
     assert (route.layers, route.index_of(B), route.tail.node_id) == (6, 1, B)
-    assert route.successor(0) == route.hops[1]
-    assert route.successor(1) is None
-    with pytest.raises(UsageError):
-        route.index_of(C)
+    assert (route.predecessor(0), route.successor(0)) == (None, route.hops[1])
+    assert (route.predecessor(1), route.successor(1)) == (route.hops[0], None)
+    assert route.hop_of(A) == route.hops[0]
+    assert (route.index_of(C), route.hop_of(C)) == (None, None)
+
+
+def test_a_repair_renews_the_edges_into_the_new_stage_and_out_of_it_only() -> None:
+    hops = [Hop(node, LayerRange(at, at + 1)) for at, node in enumerate((A, B, C, D))]
+    route = Route(tuple(hops))
+    assert (route.epoch, [route.edge_epoch(index) for index in range(4)]) == (1, [1, 1, 1, 1])
+    repaired = Route((hops[0], Hop(E, LayerRange(1, 2), epoch=2), *hops[2:]))
+    assert (repaired.epoch, [repaired.edge_epoch(index) for index in range(4)]) == (2, [1, 2, 2, 1])
+    first = Route((Hop(F, LayerRange(0, 1), epoch=3), *repaired.hops[1:]))
+    assert (first.epoch, [first.edge_epoch(index) for index in range(4)]) == (3, [3, 3, 2, 1])
+
+
+def test_epochs_begin_at_one() -> None:
+    with pytest.raises(UsageError, match="epochs begin at 1"):
+        Route((Hop(A, LayerRange(0, 2), epoch=0),))
 
 
 @pytest.mark.parametrize("run", [(0, 0, -1), (5, 1, 5), (5, 1, -2), (2**31 - 1, 1, 0), (1, 2**31, 0)])

@@ -134,3 +134,35 @@ def test_a_commit_that_is_no_descendant_of_the_root_is_a_violation(commit: Commi
 def test_a_reused_slot_or_an_unknown_parent_is_a_violation(run: SlotRun) -> None:
     with pytest.raises(ProtocolViolation):
         _tree().add([run])
+
+
+def test_a_tree_holds_what_is_committed_or_alive_and_knows_the_dead() -> None:
+    tree, _ = _tree().commit(Commit(2, (SlotSpan(3, 1),)))
+    assert [tree.holds(slot) for slot in range(6)] == [True, True, False, True, True, False]
+    tree, _ = tree.add([SlotRun(5, 1, 2)])
+    assert [tree.holds(5), tree.knows(5), tree.knows(6)] == [False, True, False]
+    assert tree.knows(2), "below the root nothing new can be alive"
+
+
+def test_a_commit_between_two_lengths_is_found_again() -> None:
+    tree, _ = _tree().commit(Commit(2, (SlotSpan(3, 2),)))
+    assert tree.commit_from(1) == Commit(1, (SlotSpan(1, 1), SlotSpan(3, 2)))
+    assert tree.commit_from(1, 3) == Commit(1, (SlotSpan(1, 1), SlotSpan(3, 1)))
+    assert tree.commit_from(4) is None
+    assert tree.commit_from(6, 2) is None
+
+
+@given(histories(), st.integers(0, 60), st.integers(0, 60))
+def test_stretches_of_the_committed_path_are_those_of_the_whole_path(
+    history: list[tuple[str, int, int]], start: int, stop: int
+) -> None:
+    tree = TokenTree()
+    for action, choice, count in history:
+        if action == "add":
+            parents = [tree.root, *tree.alive]
+            tree, _ = tree.add([SlotRun(tree.next_slot + choice % 3, count, parents[choice % len(parents)])])
+        elif path := _some_path(tree, choice, count):
+            tree, _ = tree.commit(Commit(tree.committed_tokens, spans_of(path)))
+    whole = [slot for span in tree.committed for slot in span]
+    assert [slot for span in tree.committed_between(start, stop) for slot in span] == whole[start:stop]
+    assert all(tree.holds(slot) == (slot in whole or slot in tree.alive) for slot in range(tree.next_slot + 2))

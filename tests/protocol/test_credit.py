@@ -1,11 +1,18 @@
-"""Hop credit never deadlocks and never lets more than one window over the grant."""
+"""Hop credit never deadlocks and never lets more than one window over the grant; slot credit is the least of all grants."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farflung.core.errors import ProtocolViolation
-from farflung.protocol.credit import INITIAL_CREDIT_BYTES, ReceiverCredit, SenderCredit
+from farflung.protocol.credit import (
+    INITIAL_CREDIT_BYTES,
+    INITIAL_SLOTS,
+    WINDOW_COST_BYTES,
+    ReceiverCredit,
+    SenderCredit,
+    SlotCredit,
+)
 
 
 @given(st.lists(st.integers(0, 3 * INITIAL_CREDIT_BYTES), max_size=60))
@@ -34,3 +41,43 @@ def test_a_window_without_credit_is_a_violation() -> None:
 def test_credit_beyond_the_grant_is_a_violation(size: int) -> None:
     with pytest.raises(ProtocolViolation):
         SenderCredit().refill(size)
+
+
+@given(st.lists(st.integers(0, INITIAL_CREDIT_BYTES), max_size=6), st.integers(0, 6))
+def test_after_a_broken_line_both_ends_agree_again_whatever_was_lost(sizes: list[int], computed: int) -> None:
+    receiver, queue = ReceiverCredit(), list[int]()
+    for size in sizes:
+        if receiver.left <= 0:
+            break
+        receiver = receiver.receive(size)
+        queue.append(size + WINDOW_COST_BYTES)
+    for cost in queue[:computed]:
+        receiver, _ = receiver.computed(cost)
+    queue = queue[computed:]
+    receiver = ReceiverCredit.resumed(sum(queue))
+    sender = SenderCredit.told(receiver.left)
+    for cost in queue:
+        receiver, returned = receiver.computed(cost)
+        if returned:
+            sender = sender.refill(returned)
+    assert sender.left == receiver.left == INITIAL_CREDIT_BYTES - receiver.owed
+    assert sender.may_send
+
+
+def test_a_receiver_cannot_let_more_be_sent_than_the_grant() -> None:
+    with pytest.raises(ProtocolViolation):
+        SenderCredit.told(INITIAL_CREDIT_BYTES + 1)
+
+
+def test_slots_in_flight_are_bounded_by_the_least_grant() -> None:
+    slots = SlotCredit()
+    assert slots.room(next_slot=10, covered=4) == INITIAL_SLOTS - 6
+    slots = slots.grant(100).grant(20).grant(50)
+    assert slots.room(next_slot=10, covered=4) == 14
+    assert slots.room(next_slot=60, covered=4) == 0
+
+
+@pytest.mark.parametrize("slots", [0, -1])
+def test_a_grant_that_lets_nothing_through_is_a_violation(slots: int) -> None:
+    with pytest.raises(ProtocolViolation):
+        SlotCredit().grant(slots)
