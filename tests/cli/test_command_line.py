@@ -150,7 +150,19 @@ def test_models_inspect_gives_the_sizes_of_a_folder(farflung: Farflung, model: P
     assert (found["family"], found["layers"], found["hidden_size"]) == ("llama", 4, 128)
     assert found["activation_bytes_per_token"]["fp32"] == 128 * 4
     assert found["kv_bytes_per_token_and_layer"]["bf16"] == 2 * 2 * 32 * 2  # keys and values, 2 heads of width 32, 2 bytes
+    assert found["kv_bytes_per_token"]["bf16"] == 4 * 2 * 2 * 32 * 2
     assert len(found["digest"]) == 64
+    assert found["splittable"] is True
+    assert found["reason"] is None
+
+
+def test_models_inspect_says_why_a_model_cannot_be_split(farflung: Farflung, tmp_path: Path) -> None:
+    from models import tiny_model
+
+    found = farflung("models", "inspect", tiny_model("nanochat", tmp_path), "--json").json
+    assert found["splittable"] is False
+    assert "'nanochat' cannot be split" in found["reason"]
+    assert found["layers"] is None
 
 
 def test_models_fetch_makes_a_folder_ready(farflung: Farflung, model: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farflung.cli.inspection import inspection_json, inspection_lines
 from farflung.cli.options import Debug, ExitWithStdin, Json, examples
 from farflung.cli.output import Output, command
 from farflung.cli.stopping import ParentWatch
@@ -46,44 +48,39 @@ def list_models(*, json: Json = False, debug: Debug = False) -> None:
             out.note("farflung models fetch NAME installs one")
 
 
-@app.command(epilog=examples("farflung models inspect gemma3-270m", "farflung models inspect Qwen/Qwen2.5-7B-Instruct --json"))
+_INSPECT_HELP = """Show what MODEL is, whether it can be split, and what serving it costs.
+
+Bytes of a layer, of the KV cache and of what travels between stages, per token. Reads the configuration, not the weights (but
+for their digest).
+
+JSON keys: name, family, splittable, reason (why not, or null), layers, hidden_size, vocab_size, context_tokens, exact_tokens
+(longest session that is taken; null: the whole context), parameters, layer_parameters (of each layer), bytes_per_layer (of the
+largest) and bytes_embedding_and_head by dtype, kv_bytes_per_token_and_layer (of the largest) and kv_bytes_per_token (of all) by
+dtype, activation_bytes_per_token by codec, digest (null where not all weights are here). What is unknown is null.
+"""
+
+
+@app.command(
+    epilog=examples("farflung models inspect gemma3-270m", "farflung models inspect Qwen/Qwen2.5-7B-Instruct --json"),
+    help=_INSPECT_HELP,
+)
 def inspect(model: Name, *, json: Json = False, debug: Debug = False) -> None:
-    """Show what serving MODEL costs: bytes of a layer, of the KV cache and of what travels between stages, per token."""
     with command(json=json, debug=debug) as out:
-        from farflung.cli.sizes import model_sizes
+        from farflung.core.errors import ModelError
+        from farflung.engine.inspect import inspect_config
         from farflung.engine.open_model import open_source
-        from farflung.wire.codec import codec
 
         with out.progress(model) as progress:
             source = open_source(model, progress=progress)
-            spec = source.spec(progress=progress)
-        sizes = model_sizes(source)
-        activation = {name: codec(name).row_bytes(spec.hidden_size) for name in ("fp32", "bf16", "int8")}
-        layer, ends = max(sizes.layers), sizes.embedding + sizes.head
-        found = {
-            "name": spec.name,
-            "family": spec.family,
-            "digest": spec.digest,
-            "layers": spec.layers,
-            "hidden_size": spec.hidden_size,
-            "vocab_size": spec.vocab_size,
-            "context_tokens": spec.context_tokens,
-            "parameters": sizes.total,
-            "bytes_per_layer": {"fp32": layer * 4, "bf16": layer * 2},
-            "bytes_embedding_and_head": {
-                "fp32": (sizes.embedding + sizes.head) * 4,
-                "bf16": (sizes.embedding + sizes.head) * 2,
-            },
-            "kv_bytes_per_token_and_layer": {"fp32": sizes.kv_values_per_layer * 4, "bf16": sizes.kv_values_per_layer * 2},
-            "activation_bytes_per_token": activation,
-        }
-        out.json(found)
-        out.print(f"{spec.name}: family {spec.family}, {sizes.total / 1e9:.2f} billion parameters, {spec.layers} layers")
-        out.print(f"hidden size {spec.hidden_size}, vocabulary {spec.vocab_size}, context {spec.context_tokens} tokens")
-        out.print(f"one layer {Bytes(layer * 2)} in bf16, embedding and head {Bytes(ends * 2)}")
-        out.print(f"KV cache {Bytes(sizes.kv_values_per_layer * 2)} per token and layer in bf16")
-        out.print("between stages, per token: " + ", ".join(f"{Bytes(size)} in {name}" for name, size in activation.items()))
-        out.print(f"digest {spec.digest}")
+            found = inspect_config(source.config())
+            digest: str | None = None
+            with suppress(ModelError):  # a model of the hub, of which not every shard is here
+                digest = source.manifest(progress=progress).digest
+        out.json(inspection_json(source.name, found, digest))
+        for line in inspection_lines(source.name, found):
+            out.print(line)
+        if digest:
+            out.print(f"digest {digest}")
 
 
 @app.command(epilog=examples("farflung models fetch qwen2.5-coder-0.5b", "farflung models fetch ./model.gguf"))

@@ -139,6 +139,8 @@ def hollow_stage(config: Config, layers: LayerRange) -> StageModule:
     for module in model.modules():
         if type(module) is nn.Linear:  # whose kernel would copy the weight, as those of fused experts would
             module.forward = partial(_hollow_linear, module.out_features)
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 3:
+            module.forward = partial(_hollow_linear, weight.shape[1])
         elif any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
             module.forward = _no_experts
     for name in stage_parameters(model, parts, layers):
@@ -150,7 +152,7 @@ def hollow_stage(config: Config, layers: LayerRange) -> StageModule:
     return _cut(model, parts, layers, config, torch.float32)
 
 
-def _hollow_linear(outputs: int, hidden: torch.Tensor) -> torch.Tensor:
+def _hollow_linear(outputs: int, hidden: torch.Tensor, *_: Any) -> torch.Tensor:
     return (hidden.sum(-1, keepdim=True) * _HOLLOW).repeat_interleave(outputs, -1)
 
 

@@ -46,6 +46,7 @@ def understood(what: str) -> Iterator[None]:
         LookupError,
         AttributeError,
         ArithmeticError,
+        AssertionError,
         RuntimeError,
         OSError,  # its name for a file that it cannot parse
         StrictDataclassError,
