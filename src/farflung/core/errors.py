@@ -30,6 +30,8 @@
     ├── SwarmError                  the swarm as a whole cannot do this now
     │   ├── LayersMissing           no node serves some of the layers
     │   └── NoSuchModel             nobody serves this model
+    ├── LabError                    the emulated network on this machine
+    │   └── LabUnavailable          this machine cannot have one: its system, its rights or its compiler
     └── SessionError                one generation
         ├── SessionRefused          a node will not open it (and says what it has free)
         │   ├── LeaseExceeded       more tokens than the KV lease allows
@@ -158,6 +160,12 @@ class LayersMissing(SwarmError): ...
 
 
 class NoSuchModel(SwarmError): ...
+
+
+class LabError(FarflungError): ...
+
+
+class LabUnavailable(LabError): ...
 
 
 class SessionError(FarflungError): ...
