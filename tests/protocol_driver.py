@@ -83,13 +83,22 @@ class Driver:
         window = replace(window, epoch=self.out.epoch, next_slot=tree.next_slot)
         self.out = outgoing.push(self.out, window, tree)
         self.flush()
+        self.tell_ids(slots_of(window))
+
+    def tell_ids(self, slots: Sequence[int] | None = None) -> None:
+        """To the tail where it looks at them; None: all, because its line is new."""
+        if not self.shape.tells_ids or self.tail is None or self.tail.silent:
+            return
+        if slots is None:
+            slots = [*(slot for span in self.tree.committed for slot in span), *self.tree.alive]
+        self.tail.there.append((list(slots), [self.ids[slot] for slot in slots]))
 
     def flush(self) -> None:
         self.out, windows = outgoing.flush(self.out, self.tree)
         for window in windows:
             payload = b"".join(id_bytes(self.ids[slot]) for slot in slots_of(window))
             if self.successor is not None:
-                self.successor.send(Carried(window, payload, b""))
+                self.successor.send(Carried(window, payload))
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -113,7 +122,7 @@ class Driver:
             while (parent := self.parents[path[-1]]) >= 0:
                 path.append(parent)
             seen = [id_bytes(self.ids[at]) if stage == 0 else self.row(at, stage - 1) for at in reversed(path)]
-            if stage == STAGES - 1 and self.shape.has_ids:
+            if stage == STAGES - 1 and self.shape.tells_ids:
                 seen = [row + id_bytes(self.ids[at]) for row, at in zip(seen, reversed(path), strict=True)]
             found = self._rows[slot, stage] = layers(stage, seen)
         return found

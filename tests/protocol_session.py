@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol_lines import CORE, STAGES, Carried, EdgeLine, Opened, OwnerLine, Shape, layers, token_of
+from protocol_lines import CORE, STAGES, Carried, EdgeLine, Opened, OwnerLine, Shape, id_bytes, layers, token_of
 
 from farflung.core.ids import SessionId
 from farflung.core.messages import Credit, Have
@@ -14,6 +14,7 @@ from farflung.protocol.events import (
     CreditReceived,
     Forward,
     HaveReceived,
+    IdsReceived,
     OwnerAttached,
     OwnerLost,
     PredecessorUp,
@@ -32,7 +33,7 @@ from farflung.protocol.events import (
 from farflung.protocol.limits import MAX_EARLY_WINDOWS
 from farflung.protocol.outgoing import OutEdge
 from farflung.protocol.stage import advance
-from farflung.protocol.stage_state import ID_BYTES, PendingWindow, StageState
+from farflung.protocol.stage_state import PendingWindow, StageState
 from farflung.protocol.windows import slots_of
 
 
@@ -50,14 +51,14 @@ class Session:
             session=SessionId("0" * 32),
             epoch=route.edge_epoch(index),
             row_bytes=shape.row_bytes(index),
-            has_ids=shape.has_ids and index > 0,
+            needs_ids=shape.tells_ids and is_tail,
             lease_tokens=shape.lease + shape.slack,
             max_slots=shape.grant + shape.slack,
             out=out,
         )
         self.cells = SessionCells(self.state.lease_tokens)
         self.kv = [b"stale"] * self.state.lease_tokens
-        self.log: dict[int, tuple[bytes, bytes]] = {}
+        self.log: dict[int, bytes] = {}
         self.meter = Meter(route.hops[index].node_id)
         self.was_computed: set[int] = set()
         self.work: PendingWindow | None = None
@@ -107,13 +108,16 @@ class Session:
 
     def receive(self, frame: Carried) -> None:
         queued = len(self.state.queue)
-        self.feed(WindowReceived(frame.window, frame.payload, frame.ids, at_s=1.0))
+        self.feed(WindowReceived(frame.window, frame.payload, at_s=1.0))
         for pending in self.state.queue[queued:]:
             assert pending.at_s == 1.0
             self.meter.received(slots_of(pending.window), pending.payload)
 
     def hear(self, message: Have | Credit) -> None:
         self.feed(HaveReceived(message) if isinstance(message, Have) else CreditReceived(message.bytes))
+
+    def hear_ids(self, slots: list[int], ids: list[int]) -> None:
+        self.feed(IdsReceived(tuple(slots), tuple(ids)))
 
     def start(self, max_rows: int) -> None:
         self.feed(StepStarted(max_rows))
@@ -134,28 +138,21 @@ class Session:
             tokens = tuple(by_slot[slot] for span in work.window.want for slot in span)
         else:
             assert self.log.keys().isdisjoint(slots), "a slot is logged twice"
-            self.log.update(zip(slots, zip(coded, self.ids_of(work), strict=True), strict=True))
+            self.log.update(zip(slots, coded, strict=True))
         self.meter.computed(work.window, slots, None if self.state.is_tail else b"".join(coded), 1.0)
         self.feed(StepDone(tokens))
-
-    def ids_of(self, work: PendingWindow) -> list[bytes]:
-        count = work.window.rows
-        if not self.shape.has_ids:
-            return [b""] * count
-        ids = work.payload if self.index == 0 else work.ids
-        return [bytes(ids[ID_BYTES * row : ID_BYTES * (row + 1)]) for row in range(count)]
 
     def compute(self, work: PendingWindow, piece: int) -> list[bytes]:
         """As ``TorchBackend`` does: the whole window takes its cells, then some rows at a time meet the pool."""
         rows = self.cells.apply(work.window.runs, work.window.commit)
-        size, ids = self.state.row_bytes, self.ids_of(work)
+        size, ids = self.state.row_bytes, self.state.step_ids
         found: list[bytes] = []
         for start in range(0, len(rows.slots), piece):
             part = rows.part(start, min(start + piece, len(rows.slots)))
             for row, cell in enumerate(part.cells.tolist(), start):
                 self.kv[cell] = bytes(work.payload[row * size : row * size + min(size, CORE)])
-                if self.state.is_tail:
-                    self.kv[cell] += ids[row]
+                if self.state.needs_ids:
+                    self.kv[cell] += id_bytes(ids[row])
             for cells in self.seen_by(part):
                 cells.sort(key=lambda cell: int(self.cells.position_of_cell[cell]))
                 found.append(layers(self.index, [self.kv[cell] for cell in cells]))
@@ -174,9 +171,8 @@ class Session:
             match effect:
                 case Forward(window):
                     slots = slots_of(window)
-                    payload, ids = (b"".join(self.log[slot][part] for slot in slots) for part in (0, 1))
                     if self.successor is not None:
-                        self.successor.send(Carried(window, payload, ids))
+                        self.successor.send(Carried(window, b"".join(self.log[slot] for slot in slots)))
                 case Reply(answer):
                     assert answer.committed_tokens >= self.acked
                     self.acked = answer.committed_tokens
@@ -187,7 +183,7 @@ class Session:
                         self.predecessor.reply(Credit(size))
                 case TellHave(have):
                     if self.predecessor is not None:
-                        self.predecessor.reply(have)
+                        self.predecessor.tell(have, self.state.tree)
                 case Settled():
                     self.meter.settled(effect, is_tail=self.state.is_tail)
                     self.was_computed -= effect.died
@@ -202,8 +198,9 @@ class Session:
         assert len(state.early) <= MAX_EARLY_WINDOWS
         assert all(slot == state.tree.root or slot in state.tree.alive for slot in state.wanted)
         assert len(state.answers) <= state.max_slots + 1
+        assert len(state.ids) <= state.lease_tokens + state.max_slots
         queued = sum(pending.credit_bytes for pending in state.queue)
-        queued += sum(len(early.payload) + len(early.ids) + WINDOW_COST_BYTES for early in state.early)
+        queued += sum(len(early.payload) + WINDOW_COST_BYTES for early in state.early)
         assert state.receiver.left + state.receiver.owed + queued == INITIAL_CREDIT_BYTES
         assert all(state.computed.holds(slot) for slot in self.was_computed)
         if state.out is not None:

@@ -82,6 +82,7 @@ class World:
         stage.take_up(line, frame)
         if edge == STAGES - 1 and stage.owner is not self.driver.tail:
             stage.attach(self.driver.tail)
+            self.driver.tell_ids()
 
     def may_hear(self, edge: int) -> EdgeLine | None:
         sender = self.sender(edge)
@@ -99,6 +100,15 @@ class World:
         self.driver.tail = OwnerLine()
         if (tail := self.stages[-1]) is not None:
             tail.attach(self.driver.tail)
+            self.driver.tell_ids()
+
+    def tell(self) -> None:
+        """The next ids on the owner's line reach the tail."""
+        line, tail = self.driver.tail, self.stages[-1]
+        assert line is not None
+        told = line.there.pop(0)
+        if tail is not None and tail.owner is line:
+            tail.hear_ids(*told)
 
     # -- what breaks -------------------------------------------------------------------------------------------------
 
@@ -125,7 +135,7 @@ class World:
                 sender.out = out
             else:
                 sender.state = replace(sender.state, out=out)
-            line.send(frame)
+            line.send_again(frame)
 
     def cut(self, edge: int) -> None:
         self.silence(edge)
@@ -138,6 +148,7 @@ class World:
     def cut_owner(self, *, tail_knows: bool) -> None:
         if (line := self.driver.tail) is not None:
             line.silent = True
+            line.there.clear()
             line.back.clear()
             self.driver.tail = None
             if tail_knows and (tail := self.stages[-1]) is not None:

@@ -29,11 +29,9 @@ def ignore(session: SessionId, complete_from: int) -> None:
 class Oracle:
     """What one log must hold."""
 
-    def __init__(self, log: RowLog, *, with_ids: bool) -> None:
+    def __init__(self, log: RowLog) -> None:
         self.log = log
-        self.with_ids = with_ids
         self.rows: dict[int, bytes] = {}
-        self.ids: dict[int, bytes] = {}
         self.path: list[int] = []
         self.alive: list[int] = []
         self.awaited: list[int] = []
@@ -59,12 +57,12 @@ class LogMachine(RuleBasedStateMachine):
         self.opened = 0
 
     @precondition(lambda self: len(self.sessions) < 3)
-    @rule(with_ids=st.booleans())
-    def open(self, with_ids: bool) -> None:
+    @rule()
+    def open(self) -> None:
         self.opened += 1
         session = SessionId(f"{self.opened:032x}")
         log = self.budget.open(session, self.evicted)
-        self.sessions[session] = Oracle(log, with_ids=with_ids)
+        self.sessions[session] = Oracle(log)
 
     def evicted(self, session: SessionId, complete_from: int) -> None:
         oracle = self.sessions[session]
@@ -76,11 +74,9 @@ class LogMachine(RuleBasedStateMachine):
 
     def append(self, oracle: Oracle, slots: list[int], random_bytes: random.Random, *, as_view: bool) -> None:
         rows = random_bytes.randbytes(ROW * len(slots))
-        ids = random_bytes.randbytes(IDS * len(slots)) if oracle.with_ids else None
         for at, slot in enumerate(slots):
             oracle.rows[slot] = rows[at * ROW : at * ROW + ROW]
-            oracle.ids[slot] = ids[at * IDS : at * IDS + IDS] if ids else b""
-        oracle.log.append(tuple(slots), memoryview(rows) if as_view else rows, ids)
+        oracle.log.append(tuple(slots), memoryview(rows) if as_view else rows)
         if set(slots) <= set(oracle.held):
             assert oracle.log.payload(slots) == rows
 
@@ -137,7 +133,6 @@ class LogMachine(RuleBasedStateMachine):
         oracle = self.any_session(data)
         slots = seed.sample(oracle.held, min(len(oracle.held), 20))
         assert oracle.log.payload(slots) == b"".join(oracle.rows[slot] for slot in slots)
-        assert oracle.log.ids(slots) == b"".join(oracle.ids[slot] for slot in slots)
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
@@ -327,11 +322,11 @@ def test_what_does_not_fit_the_log_is_refused() -> None:
     with pytest.raises(ProtocolViolation):
         log.append([0, 1], b"123")
     log.append([0, 1], bytes(2 * ROW))
-    for slots, rows, ids in (([2], b"short", None), ([2], bytes(ROW), bytes(4)), ([1], bytes(ROW), None)):
+    for slots, rows in (([2], b"short"), ([1], bytes(ROW))):
         with pytest.raises(ProtocolViolation):
-            log.append(slots, rows, ids)
+            log.append(slots, rows)
     with pytest.raises(ProtocolViolation):
         log.append([5, 5], bytes(2 * ROW))
     with pytest.raises(LogEvicted):
         log.payload([9])
-    assert (log.payload([]), log.ids([0, 1]), log.holds([0, 1]), log.holds([0, 9])) == (b"", b"", True, False)
+    assert (log.payload([]), log.holds([0, 1]), log.holds([0, 9])) == (b"", True, False)

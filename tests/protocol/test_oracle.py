@@ -47,8 +47,8 @@ def actions() -> st.SearchStrategy[list[Action]]:
 
 
 LEASES, GRANTS = st.sampled_from([20, 48]), st.sampled_from([4, 12])
-SHAPES = st.builds(Shape, lease=LEASES, grant=GRANTS, width=st.sampled_from([1, 4000]), has_ids=st.booleans()) | st.builds(
-    Shape, lease=LEASES, grant=GRANTS, has_ids=st.booleans(), overtaking=st.just(True)
+SHAPES = st.builds(Shape, lease=LEASES, grant=GRANTS, width=st.sampled_from([1, 4000]), tells_ids=st.booleans()) | st.builds(
+    Shape, lease=LEASES, grant=GRANTS, tells_ids=st.booleans(), overtaking=st.just(True)
 )
 
 
@@ -179,6 +179,8 @@ class Player:
                 yield partial(world.adopt, edge)
         if world.driver.tail is not None and world.driver.tail.back:
             yield self.take_answer
+        if world.driver.tail is not None and world.driver.tail.there:
+            yield world.tell
         if lines_too and world.driver.tail is None:
             yield world.attach
 

@@ -10,6 +10,7 @@ import pytest
 from models import tiny_model
 from virtual_swarm import World, WorldConfig, world
 
+from farflung.core.messages import Ids, Window
 from farflung.core.sampling import SamplingOptions
 from farflung.lab.virtual_clock import run_virtual
 from farflung.node.quotas import Quotas
@@ -83,5 +84,20 @@ def test_each_of_eight_sessions_gets_the_tokens_it_gets_alone(model: Path) -> No
             async with asyncio.TaskGroup() as group:
                 together = [group.create_task(ids_of(made, number)) for number in range(8)]
             assert [task.result() for task in together] == alone
+
+    run_virtual(run())
+
+
+def test_only_the_tail_is_told_the_tokens_and_only_where_sampling_looks_back(model: Path) -> None:
+    async def run() -> None:
+        async with world(WorldConfig(model=model, cuts=(2, 4))) as made:
+            await ids_of(made, 1)
+            assert not any(isinstance(frame.message, Ids) for frame in made.log)
+            await ids_of(made, 2)
+            told = [(frame.sender, frame.receiver) for frame in made.log if isinstance(frame.message, Ids)]
+            assert set(told) == {(made.driver_id, made.nodes[2].node_id)}
+            between = [frame for frame in made.log if isinstance(frame.message, Window) and frame.sender != made.driver_id]
+            assert between
+            assert all(len(frame.sizes) == 1 for frame in between)
 
     run_virtual(run())

@@ -10,6 +10,7 @@ message repeats the session. ``Open`` or ``Attach`` binds a channel, ``Close`` o
     driver <------------------------------Trouble, Evicted, Fault-------------------- any stage
     each receiver ----Have (once, when asked), Credit----> its predecessor
     driver ----Renew, Close---> every stage ----Report----> driver
+    driver ----Ids-----------> tail                         (where sampling looks back at the text)
 """
 
 from __future__ import annotations
@@ -135,8 +136,7 @@ class StageTime(Struct, frozen=True, array_like=True):
 
 
 class Window(Struct, frozen=True, array_like=True, tag=5):
-    """New slots to compute. First buffer: token ids (int32, little endian) for the first stage, coded rows for the others.
-    Second buffer, for the others, where a sampling option looks back at the text: the rows' token ids.
+    """New slots to compute. One buffer: token ids (int32, little endian) for the first stage, coded rows for the others.
 
     Attributes:
         epoch: of the edge.
@@ -247,6 +247,13 @@ class Renew(Struct, frozen=True, array_like=True, tag=15):
     """A sign of life of the owner: the lease goes on for its ``lease_s`` from now."""
 
 
+class Ids(Struct, frozen=True, array_like=True, tag=16):
+    """The owner tells the tail, over its own line, which tokens the slots hold, where a sampling option looks back at the text:
+    the stages between never see them. One buffer: the ids (int32, little endian), in the order of the slots."""
+
+    slots: tuple[SlotSpan, ...]
+
+
 class Close(Struct, frozen=True, array_like=True, tag=9):
     """The session is over (owner) or this end lets go of the channel. Leases are freed."""
 
@@ -295,6 +302,7 @@ Message = (
     | Grant
     | Evicted
     | Renew
+    | Ids
     | Close
     | Report
 )

@@ -111,7 +111,7 @@ class LogBudget:
             fullest.evict_oldest()
             evicted[fullest] = None
         try:
-            page = file.write(log.content(slots))
+            page = file.write(log.payload(slots))
         except OSError as error:
             self.disk_error = str(error)
             return False

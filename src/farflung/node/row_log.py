@@ -20,8 +20,6 @@ from farflung.core.errors import Cancelled, LogEvicted, ProtocolViolation
 from farflung.core.ids import SessionId, short
 from farflung.node.page_file import Page
 
-ID_BYTES = 4
-
 ROW_OVERHEAD = 300
 """Bytes that Python spends on a row that came alone, beside its data: chunk, index entry, object headers (tracemalloc: 283).
 Counted for every row in memory; about half of it, not counted, stays for rows on disk."""
@@ -55,12 +53,11 @@ class LogSpace(Protocol):
 class _Chunk:
     """Rows that came together, in memory or on a page: ``at`` gives each slot's place, in order; ``live`` of them count."""
 
-    __slots__ = ("at", "ids", "live", "page", "rows")
+    __slots__ = ("at", "live", "page", "rows")
 
-    def __init__(self, at: range | dict[int, int], rows: bytes, ids: bytes, page: Page | None) -> None:
+    def __init__(self, at: range | dict[int, int], rows: bytes, page: Page | None) -> None:
         self.at = at
         self.rows = rows
-        self.ids = ids
         self.page = page
         self.live = len(at)
 
@@ -70,7 +67,7 @@ class _Chunk:
 
     @property
     def memory(self) -> int:
-        return len(self.rows) + len(self.ids) + ROW_OVERHEAD * len(self.at)
+        return len(self.rows) + ROW_OVERHEAD * len(self.at)
 
 
 def _places(slots: Sequence[int]) -> range | dict[int, int]:
@@ -102,11 +99,10 @@ class RowLog:
         self._path = array("i")  # committed slots by position; they grow along it, for a child's slot is the greater
         self._spilled = 0
         self._row_bytes = 0
-        self._id_bytes = 0
         self._closed = False
 
-    def append(self, slots: Sequence[int], rows: bytes | memoryview, ids: bytes | None = None) -> None:
-        """Keeps rows of equal size, one per slot, and where wanted their token ids (int32, little-endian).
+    def append(self, slots: Sequence[int], rows: bytes | memoryview) -> None:
+        """Keeps rows of equal size, one per slot.
 
         Slots may be committed already or not yet. ``bytes`` are kept as they are, a view is copied (it may pin a whole frame).
         Raises ProtocolViolation where a slot is here already or sizes do not fit, Cancelled after ``close``.
@@ -116,19 +112,15 @@ class RowLog:
             raise Cancelled(f"session {short(self.session)} is over and its log is closed")
         if not count:
             return
-        rows, ids = bytes(rows), ids or b""
+        rows = bytes(rows)
         row_bytes = self._row_bytes or len(rows) // count
-        id_bytes = self._id_bytes if self._row_bytes else ID_BYTES * bool(ids)
-        if not rows or len(rows) != count * row_bytes or len(ids) != count * id_bytes:
-            raise ProtocolViolation(
-                f"{count} rows came with {len(rows)} bytes and {len(ids)} bytes of ids; "
-                f"the log has rows of {row_bytes} + {id_bytes} bytes"
-            )
+        if not rows or len(rows) != count * row_bytes:
+            raise ProtocolViolation(f"{count} rows came with {len(rows)} bytes; the log has rows of {row_bytes} bytes")
         at = _places(slots)
         if len(at) != count or not self._index.keys().isdisjoint(at):
             raise ProtocolViolation(f"slots {slots[0]}..{slots[-1]} of session {short(self.session)} were logged twice")
-        self._row_bytes, self._id_bytes = row_bytes, id_bytes
-        chunk = _Chunk(at, rows, ids, None)
+        self._row_bytes = row_bytes
+        chunk = _Chunk(at, rows, None)
         for slot in at:
             self._index[slot] = chunk
         self._grow(chunk.memory)
@@ -160,11 +152,7 @@ class RowLog:
         chunk = self._index.get(slots[0]) if slots else None
         if chunk is not None and chunk.page is None and chunk.live == len(chunk.at) and _same(slots, chunk.at):
             return chunk.rows
-        return self._join(slots, self._row_bytes, ids=False)
-
-    def ids(self, slots: Sequence[int]) -> bytes:
-        """The token ids of these slots, empty where none were appended. Raises as ``payload``."""
-        return self._join(slots, self._id_bytes, ids=True)
+        return self._join(slots)
 
     def close(self) -> None:
         """Frees everything. May be called more than once."""
@@ -184,19 +172,15 @@ class RowLog:
         return self._spilled < len(self._path) and self._path[self._spilled] in self._index
 
     def oldest_in_memory(self, limit: int) -> array[int]:
-        """The oldest committed slots in memory, as many as fit ``limit`` bytes with rows and ids."""
-        count = limit // (self._row_bytes + self._id_bytes)
+        """The oldest committed slots in memory, as many as fit ``limit`` bytes."""
+        count = limit // self._row_bytes
         oldest = self._path[self._spilled : self._spilled + count]
         missing = next((at for at, slot in enumerate(oldest) if slot not in self._index), len(oldest))
         return oldest[:missing]
 
-    def content(self, slots: Sequence[int]) -> bytes:
-        """What goes on a page: rows, then ids."""
-        return self.payload(slots) + self.ids(slots)
-
     def moved(self, slots: Sequence[int], page: Page) -> None:
         """These oldest rows are on that page now."""
-        chunk = _Chunk(_places(slots), b"", b"", page)
+        chunk = _Chunk(_places(slots), b"", page)
         before = [self._index[slot] for slot in slots]
         for slot in slots:
             self._index[slot] = chunk
@@ -216,16 +200,11 @@ class RowLog:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _join(self, slots: Sequence[int], size: int, *, ids: bool) -> bytes:
-        if not size:
-            return b""
-        parts: list[memoryview] = []
+    def _join(self, slots: Sequence[int]) -> bytes:
+        size, parts = self._row_bytes, list[memoryview]()
         for chunk, first, stop in self._stretches(slots):
-            if chunk.page is None:
-                data, start = chunk.ids if ids else chunk.rows, 0
-            else:
-                data, start = self._read(chunk, chunk.page), len(chunk.at) * self._row_bytes if ids else 0
-            parts.append(memoryview(data)[start + first * size : start + stop * size])
+            data = chunk.rows if chunk.page is None else self._read(chunk, chunk.page)
+            parts.append(memoryview(data)[first * size : stop * size])
         return b"".join(parts)
 
     def _stretches(self, slots: Sequence[int]) -> Iterator[tuple[_Chunk, int, int]]:
@@ -285,7 +264,7 @@ class RowLog:
         """Leaves only live rows in a chunk of which more than half are not."""
         self._grow(-chunk.memory)
         live = [slot for slot in chunk.at if self._index.get(slot) is chunk]
-        chunk.rows, chunk.ids = self._join(live, self._row_bytes, ids=False), self._join(live, self._id_bytes, ids=True)
+        chunk.rows = self._join(live)
         chunk.at = _places(live)
         self._grow(chunk.memory)
 

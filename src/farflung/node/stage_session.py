@@ -18,7 +18,7 @@ import numpy as np
 
 from farflung.core.errors import FarflungError, ProtocolViolation
 from farflung.core.ids import NodeId, SessionId
-from farflung.core.messages import Close, Credit, Evicted, Fault, Grant, Message, Open, Renew, StageTime, Window
+from farflung.core.messages import Close, Credit, Evicted, Fault, Grant, Ids, Message, Open, Renew, StageTime, Window
 from farflung.engine.backend import StageResult, StageWork
 from farflung.node.faults import fault_of, no_place
 from farflung.node.meter import Meter
@@ -28,6 +28,7 @@ from farflung.node.row_log import RowLog
 from farflung.node.successor import Successor, say_goodbye
 from farflung.protocol.events import (
     Forward,
+    IdsReceived,
     OwnerAttached,
     OwnerLost,
     PredecessorUp,
@@ -80,11 +81,10 @@ class StageSession:
 
     def __post_init__(self) -> None:
         text, is_first, width = self.opening.text, self.opening.index == 0, self.host.hidden_size
-        has_ids = text.sampling.needs_history
         epoch_out = self.opening.epoch_out
         out = None
         if epoch_out is not None:
-            out = OutEdge(epoch=epoch_out, row_bytes=codec(self.codec_out).row_bytes(width) + ID_BYTES * has_ids)
+            out = OutEdge(epoch=epoch_out, row_bytes=codec(self.codec_out).row_bytes(width))
             self.successor = Successor(self)
             self.log = self.host.open_log(text.session, self._on_evicted)
         self.meter = Meter(self.host.node_id)
@@ -93,7 +93,7 @@ class StageSession:
             session=text.session,
             epoch=self.opening.epoch_in,
             row_bytes=ID_BYTES if is_first else codec(self.opening.message.codec).row_bytes(width),
-            has_ids=has_ids and not is_first,
+            needs_ids=text.sampling.needs_history and out is None and not is_first,
             lease_tokens=text.lease_tokens,
             max_slots=self.host.max_slots,
             out=out,
@@ -163,7 +163,7 @@ class StageSession:
             if line is self.predecessor and isinstance(message, Window):
                 self._receive(message, frame)
             elif line is self.owner:
-                self._from_owner(line, message)
+                self._from_owner(line, frame)
             elif self.successor is not None and line is self.successor.line:
                 self.successor.take(line, message)
             elif line is self.predecessor and isinstance(message, Close):
@@ -177,7 +177,8 @@ class StageSession:
         except FarflungError as error:
             self.end(error)
 
-    def _from_owner(self, line: Line, message: Message) -> None:
+    def _from_owner(self, line: Line, frame: Frame) -> None:
+        message = frame.message
         self.seen_s = asyncio.get_running_loop().time()
         match message:
             case Close():
@@ -186,6 +187,8 @@ class StageSession:
                 return
             case Open():
                 self.host.reopen(self, message)
+            case Ids():
+                self._receive_ids(message, frame)
             case _:
                 raise no_place(message, line)
 
@@ -214,13 +217,14 @@ class StageSession:
         pending = self.state.queue[0]
         window, payload = pending.window, pending.payload
         self._step_queue_ms = 1e3 * (asyncio.get_running_loop().time() - pending.at_s)
-        ids = payload if self.opening.index == 0 else pending.ids
+        is_first = self.opening.index == 0
+        ids = np.frombuffer(payload, dtype="<i4") if is_first else np.array(self.state.step_ids, dtype="<i4")
         return StageWork(
             session=self.id,
             runs=window.runs,
             commit=window.commit,
-            token_ids=np.frombuffer(ids, dtype="<i4") if self.opening.index == 0 or self.state.has_ids else None,
-            rows=None if self.opening.index == 0 else payload,
+            token_ids=ids if is_first or self.state.needs_ids else None,
+            rows=None if is_first else payload,
             want=tuple(slot for span in window.want for slot in span),
         )
 
@@ -236,10 +240,7 @@ class StageSession:
         slots = slots_of(pending.window)
         try:
             if self.log is not None and slots:
-                is_first = self.opening.index == 0
-                has_ids = self.opening.text.sampling.needs_history
-                ids = bytes(pending.payload if is_first else pending.ids) if has_ids else None
-                self.log.append(slots, result.rows or b"", ids)
+                self.log.append(slots, result.rows or b"")
             self.meter.computed(pending.window, slots, result.rows, step_ms)
             time = None if pending.window.timeline is None else self._stage_time(step_ms, step_rows)
             self.feed(StepDone(result.tokens, result.logprobs, queue_rows, time))
@@ -277,17 +278,22 @@ class StageSession:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _receive(self, window: Window, frame: Frame) -> None:
-        has_ids = self.state.has_ids
-        if len(frame.buffers) != 1 + has_ids:
-            raise ProtocolViolation(f"a window carries {len(frame.buffers)} buffers, expected {1 + has_ids}")
-        payload = memoryview(frame.buffers[0])
-        ids = memoryview(frame.buffers[1]) if has_ids else memoryview(b"")
-        self._check_ids(payload if self.opening.index == 0 else ids)
+        payload = _only_buffer(frame)
+        if self.opening.index == 0:
+            self._check_ids(payload)
         self.seen_s = asyncio.get_running_loop().time()
         queued = len(self.state.queue)
-        self.feed(WindowReceived(window, payload, ids, self.seen_s))
+        self.feed(WindowReceived(window, payload, self.seen_s))
         for pending in self.state.queue[queued:]:
             self.meter.received(slots_of(pending.window), pending.payload)
+
+    def _receive_ids(self, message: Ids, frame: Frame) -> None:
+        ids, count = _only_buffer(frame), sum(span.count for span in message.slots)
+        if len(ids) != count * ID_BYTES:
+            raise ProtocolViolation(f"the tokens of {count} slots came with {len(ids)} bytes")
+        self._check_ids(ids)
+        slots = tuple(slot for span in message.slots for slot in span)
+        self.feed(IdsReceived(slots, tuple(np.frombuffer(ids, dtype="<i4").tolist())))
 
     def _check_ids(self, ids: memoryview) -> None:
         if not ids or len(ids) % ID_BYTES:
@@ -330,11 +336,9 @@ class StageSession:
     def _forward(self, window: Window) -> None:
         if self.log is None:
             return
-        slots = slots_of(window)
-        buffers: tuple[Buffer, ...] = (self.log.payload(slots),)
-        if self.opening.text.sampling.needs_history:
-            buffers += (self.log.ids(slots),)
-        self._send(None if self.successor is None else self.successor.line, window, buffers, is_decode=window.is_decode)
+        payload = self.log.payload(slots_of(window))
+        line = None if self.successor is None else self.successor.line
+        self._send(line, window, (payload,), is_decode=window.is_decode)
 
     def _settle(self, settled: Settled) -> None:
         self.meter.settled(settled, is_tail=self.log is None)
@@ -352,3 +356,10 @@ class StageSession:
     def _let_go(self, line: Line | None) -> None:
         if line is not None:
             line.release()
+
+
+def _only_buffer(frame: Frame) -> memoryview:
+    """Raises ProtocolViolation unless there is exactly one."""
+    if len(frame.buffers) != 1:
+        raise ProtocolViolation(f"a {type(frame.message).__name__} carries {len(frame.buffers)} buffers, expected one")
+    return memoryview(frame.buffers[0])

@@ -21,11 +21,11 @@ from farflung.core.model import ModelSpec
 from farflung.core.route import FIRST_EPOCH
 from farflung.core.sampling import TokenLogprob
 from farflung.core.tree import TokenTree
-from farflung.core.window import Commit, SlotRun, SlotSpan
+from farflung.core.window import Commit, SlotRun, SlotSpan, spans_of
 from farflung.protocol import outgoing
 from farflung.protocol.credit import SlotCredit
 from farflung.protocol.events import CreditReceived, HaveReceived, SuccessorLost, SuccessorUp
-from farflung.protocol.limits import MAX_WINDOW_ROWS
+from farflung.protocol.limits import MAX_TOLD_SPANS, MAX_WINDOW_ROWS
 from farflung.protocol.outgoing import EdgeStatus, OutEdge
 from farflung.protocol.stage_state import ID_BYTES
 from farflung.protocol.windows import Given, slots_of
@@ -42,6 +42,7 @@ class GenerationPlan:
         end_tokens: ids that end the text (they are not part of it).
         chunk_tokens: prompt tokens per window.
         timeline_every: of so many tokens the window of one is timed at every stage; 0: none.
+        tells_ids: the tail must know the tokens, because a sampling option looks back at the text.
     """
 
     prompt: tuple[int, ...]
@@ -50,6 +51,7 @@ class GenerationPlan:
     end_tokens: frozenset[int] = frozenset()
     chunk_tokens: int = 128
     timeline_every: int = 16
+    tells_ids: bool = False
 
     @property
     def lease_tokens(self) -> int:
@@ -85,9 +87,10 @@ class AnswerReceived:
 
 @dataclass(frozen=True)
 class GrantReceived:
-    """From a stage: so many slots may be in flight."""
+    """From a stage, when this driver's line to it is up (again): so many slots may be in flight."""
 
     slots: int
+    is_tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,14 @@ class SendWindow:
     """To the first stage."""
 
     window: Window
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TellIds:
+    """To the tail: the tokens of slots."""
+
+    slots: tuple[SlotSpan, ...]
     token_ids: tuple[int, ...]
 
 
@@ -140,7 +151,7 @@ class Finish:
 DriverEvent = SuccessorUp | SuccessorLost | HaveReceived | CreditReceived | GrantReceived | AnswerReceived | Failed | Stop
 """The successor is the first stage."""
 
-DriverEffect = SendWindow | Emit | Timed | Finish
+DriverEffect = SendWindow | TellIds | Emit | Timed | Finish
 
 
 class DriverState(Struct, frozen=True, kw_only=True):
@@ -153,6 +164,7 @@ class DriverState(Struct, frozen=True, kw_only=True):
         out: the edge to the first stage.
         slots: how many slots may be in flight.
         covered: every slot below has come through the ring.
+        tail_listens: the session is open at the tail.
         generated: tokens emitted so far.
         waiting: the slot whose answer is wanted, None during prefill.
         finished: why it ended, or None.
@@ -164,6 +176,7 @@ class DriverState(Struct, frozen=True, kw_only=True):
     out: OutEdge = field(default_factory=lambda: OutEdge(epoch=FIRST_EPOCH, row_bytes=ID_BYTES))
     slots: SlotCredit = field(default_factory=SlotCredit)
     covered: int = 0
+    tail_listens: bool = False
     generated: int = 0
     waiting: int | None = None
     finished: str | None = None
@@ -184,13 +197,28 @@ def advance(state: DriverState, event: DriverEvent) -> Transition:
         case AnswerReceived():
             return _accept(state, event.answer)
         case GrantReceived():
-            return replace(state, slots=state.slots.grant(event.slots)), ()
+            return _granted(state, event)
         case Failed():
             return replace(state, finished="error"), (Finish("error", event.error, event.node_id),)
         case Stop():
             return replace(state, finished=event.reason), (Finish(event.reason),)
         case _:
             return _prefill(replace(state, out=_first_stage(state, event)))
+
+
+def _granted(state: DriverState, event: GrantReceived) -> Transition:
+    state = replace(state, slots=state.slots.grant(event.slots))
+    if not (event.is_tail and state.plan.tells_ids):
+        return state, ()
+    # It may be another tail, or one that was restarted: it needs them all.
+    told = (*state.tree.committed, *spans_of(state.tree.alive))
+    return replace(state, tail_listens=True), _told(state, told)
+
+
+def _told(state: DriverState, spans: tuple[SlotSpan, ...]) -> tuple[DriverEffect, ...]:
+    """In messages of bounded size."""
+    parts = [spans[start : start + MAX_TOLD_SPANS] for start in range(0, len(spans), MAX_TOLD_SPANS)]
+    return tuple(TellIds(part, tuple(state.token_ids[slot] for span in part for slot in span)) for part in parts)
 
 
 def _first_stage(state: DriverState, event: SuccessorUp | SuccessorLost | HaveReceived | CreditReceived) -> OutEdge:
@@ -271,15 +299,16 @@ def _send(state: DriverState, token_ids: tuple[int, ...], *, want_last: bool) ->
     )
     tree, _ = tree.add((run,))
     tree, _ = tree.commit(commit)
-    return _flushed(
-        replace(
-            state,
-            tree=tree,
-            token_ids=state.token_ids + token_ids,
-            out=outgoing.push(state.out, window, tree),
-            waiting=last if want_last else None,
-        )
+    state = replace(
+        state,
+        tree=tree,
+        token_ids=state.token_ids + token_ids,
+        out=outgoing.push(state.out, window, tree),
+        waiting=last if want_last else None,
     )
+    told = _told(state, (SlotSpan(first, count),)) if state.tail_listens else ()
+    state, sent = _flushed(state)
+    return state, (*sent, *told)
 
 
 def _flushed(state: DriverState) -> Transition:

@@ -12,13 +12,20 @@ Payload = bytes | memoryview
 
 @dataclass(frozen=True)
 class WindowReceived:
-    """A window from the predecessor with its buffers: token ids at the first stage, coded rows at the others, and beside them
-    token ids where sampling needs them (else empty). ``at_s``: when, on the loop's clock."""
+    """A window from the predecessor with its buffer: token ids at the first stage, coded rows at the others. ``at_s``: when, on
+    the loop's clock."""
 
     window: Window
     payload: Payload
-    ids: Payload = b""
     at_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class IdsReceived:
+    """From the owner, at the tail: the token of each slot."""
+
+    slots: tuple[int, ...]
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class OwnerLost:
 
 StageEvent = (
     WindowReceived
+    | IdsReceived
     | StepStarted
     | StepDone
     | PredecessorUp

@@ -14,3 +14,6 @@ MAX_ANSWER_SLOTS = 64
 
 MAX_LEASE_S = 120.0
 """The longest that a lease may go on without a sign of its owner."""
+
+MAX_TOLD_SPANS = 1024
+"""Spans of slots whose tokens one message tells to the tail: it fits a frame's header."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from msgspec.structs import replace
 
 from farflung.core.errors import LeaseExceeded, ProtocolViolation
 from farflung.core.messages import Window
 from farflung.core.tree import TokenTree
 from farflung.protocol.credit import WINDOW_COST_BYTES
-from farflung.protocol.events import Payload, WindowReceived
+from farflung.protocol.events import IdsReceived, WindowReceived
 from farflung.protocol.limits import MAX_EARLY_WINDOWS, MAX_WINDOW_ROWS
-from farflung.protocol.stage_state import ID_BYTES, PendingWindow, StageState
+from farflung.protocol.stage_state import PendingWindow, StageState
 from farflung.protocol.windows import keep_rows, pairs_of, slots_of
 
 
@@ -20,7 +22,7 @@ def receive(state: StageState, event: WindowReceived) -> tuple[StageState, list[
     Raises ProtocolViolation, LeaseExceeded.
     """
     _check_shape(state, event)
-    state = replace(state, receiver=state.receiver.receive(len(event.payload) + len(event.ids)))
+    state = replace(state, receiver=state.receiver.receive(len(event.payload)))
     if not _fits(state.tree, event.window):
         if len(state.early) == MAX_EARLY_WINDOWS:
             raise ProtocolViolation(f"{MAX_EARLY_WINDOWS} windows wait for one that they build on, and another came")
@@ -40,11 +42,9 @@ def _check_shape(state: StageState, event: WindowReceived) -> None:
         raise ProtocolViolation(f"a window of epoch {window.epoch} came on an edge of epoch {state.epoch}")
     if rows > MAX_WINDOW_ROWS:
         raise ProtocolViolation(f"a window has {rows} rows, at most {MAX_WINDOW_ROWS} are allowed")
-    expected = (rows * state.row_bytes, rows * ID_BYTES * state.has_ids)
-    if (len(event.payload), len(event.ids)) != expected:
+    if len(event.payload) != rows * state.row_bytes:
         raise ProtocolViolation(
-            f"a window of {rows} rows carries {len(event.payload)} and {len(event.ids)} bytes, "
-            f"expected {expected[0]} and {expected[1]}"
+            f"a window of {rows} rows carries {len(event.payload)} bytes, expected {rows * state.row_bytes}"
         )
     if rows > state.lease_tokens:
         raise LeaseExceeded(f"a window of {rows} rows is larger than the lease of {state.lease_tokens} tokens")
@@ -72,7 +72,7 @@ def _fits(tree: TokenTree, window: Window) -> bool:
 def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[int]]:
     """A window whose parents are here. What is held already is not taken again (rule 5)."""
     window, before = event.window, state.tree
-    cost = len(event.payload) + len(event.ids) + WINDOW_COST_BYTES
+    cost = len(event.payload) + WINDOW_COST_BYTES
     repeated = [slot for slot, parent in pairs_of(window) if _is_repeated(before, slot, parent)]
     if repeated:
         window, places = keep_rows(window, lambda slot: not before.knows(slot))
@@ -95,7 +95,7 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
     wanted = frozenset(slot for slot in wanted if slot == tree.root or slot in tree.alive)
     if window.next_slot > tree.next_slot:  # the last ones died before they came: a header that is made anew must tell it, too
         tree = replace(tree, next_slot=window.next_slot)
-    pending = PendingWindow(window, event.payload, event.ids, tree, cost, event.at_s)
+    pending = PendingWindow(window, event.payload, tree, cost, event.at_s)
     return replace(state, tree=tree, wanted=wanted, queue=(*state.queue, pending)), repeated
 
 
@@ -111,13 +111,22 @@ def only(state: StageState, event: WindowReceived, window: Window, places: list[
     """The event with the rows at ``places`` alone; None: with all."""
     if places is None:
         return event
-    return WindowReceived(
-        window,
-        _rows_at(event.payload, places, state.row_bytes),
-        _rows_at(event.ids, places, ID_BYTES) if state.has_ids else b"",
-        event.at_s,
-    )
+    size = state.row_bytes
+    rows = b"".join(bytes(event.payload[place * size : (place + 1) * size]) for place in places)
+    return WindowReceived(window, rows, event.at_s)
 
 
-def _rows_at(payload: Payload, places: list[int], row_bytes: int) -> bytes:
-    return b"".join(bytes(payload[place * row_bytes : (place + 1) * row_bytes]) for place in places)
+def receive_ids(state: StageState, event: IdsReceived) -> StageState:
+    """Keeps the tokens of slots that are still to be computed; the first that came for a slot stands.
+
+    Raises ProtocolViolation where nobody looks at them, or for more than a session can hold.
+    """
+    if not state.needs_ids:
+        raise ProtocolViolation("token ids came to a stage that does not look at them")
+    ids = dict(state.ids)
+    for slot, token in zip(event.slots, event.token_ids, strict=True):
+        if not state.computed.knows(slot):
+            ids.setdefault(slot, token)
+    if len(ids) > state.lease_tokens + state.max_slots:
+        raise ProtocolViolation(f"the tokens of {len(ids)} slots were told before their rows came")
+    return replace(state, ids=MappingProxyType(ids))

@@ -27,6 +27,7 @@ from farflung.protocol.events import (
     CreditReceived,
     Forward,
     HaveReceived,
+    IdsReceived,
     OwnerAttached,
     OwnerLost,
     PredecessorUp,
@@ -45,8 +46,8 @@ from farflung.protocol.events import (
 )
 from farflung.protocol.limits import MAX_ANSWER_SLOTS
 from farflung.protocol.outgoing import OutEdge
-from farflung.protocol.receiving import only, receive
-from farflung.protocol.stage_state import ID_BYTES, KeptAnswer, PendingWindow, StageState
+from farflung.protocol.receiving import only, receive, receive_ids
+from farflung.protocol.stage_state import KeptAnswer, PendingWindow, StageState
 from farflung.protocol.windows import Given, cut, is_committed_path, keep_rows, slots_of
 
 Transition = tuple[StageState, tuple[StageEffect, ...]]
@@ -57,6 +58,8 @@ def advance(state: StageState, event: StageEvent) -> Transition:  # noqa: PLR091
     match event:
         case WindowReceived():
             return _receive(state, event)
+        case IdsReceived():
+            return receive_ids(state, event), ()
         case StepStarted():
             return _start(state, event.max_rows), ()
         case StepDone():
@@ -100,23 +103,23 @@ def _start(state: StageState, max_rows: int) -> StageState:
     pending, *rest = state.queue
     window, places = keep_rows(pending.window, state.tree.holds)
     if places is not None:
-        event = only(state, WindowReceived(pending.window, pending.payload, pending.ids), window, places)
-        pending = PendingWindow(window, event.payload, event.ids, pending.tree, pending.credit_bytes, pending.at_s)
+        event = only(state, WindowReceived(pending.window, pending.payload), window, places)
+        pending = PendingWindow(window, event.payload, pending.tree, pending.credit_bytes, pending.at_s)
+    parts = [pending]
     if window.rows > max_rows and is_committed_path(window):
-        parts = _cut(state, pending, max(1, max_rows))
-        return replace(state, computing=True, queue=(*parts, *rest))
-    return replace(state, computing=True, queue=(pending, *rest))
+        parts = list(_cut(state, pending, max(1, max_rows)))
+    step_ids = tuple(state.ids[slot] for slot in slots_of(parts[0].window)) if state.needs_ids else ()
+    return replace(state, computing=True, queue=(*parts, *rest), step_ids=step_ids)
 
 
 def _cut(state: StageState, pending: PendingWindow, rows: int) -> Iterator[PendingWindow]:
     first, second = cut(pending.window, rows)
-    size, id_size = rows * state.row_bytes, rows * ID_BYTES * state.has_ids
+    size = rows * state.row_bytes
     tree, _ = state.computed.add(first.runs)
     if first.commit is not None:
         tree, _ = tree.commit(first.commit)
-    yield PendingWindow(first, pending.payload[:size], pending.ids[:id_size], tree, size + id_size, pending.at_s)
-    rest = pending.credit_bytes - size - id_size
-    yield PendingWindow(second, pending.payload[size:], pending.ids[id_size:], pending.tree, rest, pending.at_s)
+    yield PendingWindow(first, pending.payload[:size], tree, size, pending.at_s)
+    yield PendingWindow(second, pending.payload[size:], pending.tree, pending.credit_bytes - size, pending.at_s)
 
 
 def _finish(state: StageState, event: StepDone) -> Transition:
@@ -127,6 +130,9 @@ def _finish(state: StageState, event: StepDone) -> Transition:
     if event.time is not None and window.timeline is not None:
         window = replace(window, timeline=(*window.timeline, event.time))
     state = replace(state, queue=tuple(rest), computing=False, receiver=receiver, computed=pending.tree)
+    if state.needs_ids:
+        left = {slot: token for slot, token in state.ids.items() if not pending.tree.knows(slot)}
+        state = replace(state, ids=MappingProxyType(left), step_ids=())
     effects: tuple[StageEffect, ...] = () if settled is None else (settled,)
     if returned:
         effects += (ReturnCredit(returned),)

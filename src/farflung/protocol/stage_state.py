@@ -16,7 +16,7 @@ from farflung.core.tree import TokenTree
 from farflung.protocol.credit import ReceiverCredit
 from farflung.protocol.events import Payload, WindowReceived
 from farflung.protocol.outgoing import OutEdge
-from farflung.protocol.windows import is_committed_path
+from farflung.protocol.windows import is_committed_path, slots_of
 
 ID_BYTES = 4
 
@@ -26,7 +26,7 @@ class PendingWindow:
     """A window that waits for the compute thread, or is in it.
 
     Attributes:
-        window, payload, ids: without the slots that were dead when it came.
+        window, payload: without the slots that were dead when it came.
         tree: the tree after it.
         credit_bytes: what it cost of the predecessor's credit.
         at_s: when it came, on the loop's clock.
@@ -34,7 +34,6 @@ class PendingWindow:
 
     window: Window
     payload: Payload
-    ids: Payload
     tree: TokenTree
     credit_bytes: int
     at_s: float = 0.0
@@ -59,7 +58,7 @@ class StageState(Struct, frozen=True, kw_only=True):
         session: its id.
         epoch: of the edge that brings windows.
         row_bytes: size of one incoming row: ``ID_BYTES`` at the first stage.
-        has_ids: windows bring token ids beside their rows.
+        needs_ids: a window can be computed once its tokens are known; at the tail, where sampling looks back at the text.
         lease_tokens: the most committed + alive slots.
         max_slots: the most alive slots: this stage's grant.
         out: the edge to the successor; None at the tail.
@@ -69,6 +68,8 @@ class StageState(Struct, frozen=True, kw_only=True):
         queue: windows not computed yet, oldest first.
         early: windows that came before one they build on.
         computing: the first of the queue is in the compute thread.
+        ids: tokens of slots that are not computed yet, where they are needed.
+        step_ids: of the rows in the compute thread.
         answers: at the tail, of the root and of alive slots.
         owner_attached: the owner's own line is up (rule 4: the tail never dials a client).
     """
@@ -79,7 +80,7 @@ class StageState(Struct, frozen=True, kw_only=True):
     lease_tokens: int
     max_slots: int
     out: OutEdge | None
-    has_ids: bool = False
+    needs_ids: bool = False
     owner_attached: bool = False
     tree: TokenTree = field(default_factory=TokenTree)
     computed: TokenTree = field(default_factory=TokenTree)
@@ -87,6 +88,8 @@ class StageState(Struct, frozen=True, kw_only=True):
     queue: tuple[PendingWindow, ...] = ()
     early: tuple[WindowReceived, ...] = ()
     computing: bool = False
+    ids: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    step_ids: tuple[int, ...] = ()
     answers: Mapping[int, KeptAnswer] = field(default_factory=lambda: MappingProxyType({}))
     receiver: ReceiverCredit = field(default_factory=ReceiverCredit)
 
@@ -100,4 +103,7 @@ class StageState(Struct, frozen=True, kw_only=True):
         rows - what waits here is bounded by what the predecessor may send, not by what it turns into."""
         if self.computing or not self.queue or not (self.out is None or self.out.takes_more):
             return None
-        return self.queue[0]
+        pending = self.queue[0]
+        if self.needs_ids and not all(slot in self.ids for slot in slots_of(pending.window) if self.tree.holds(slot)):
+            return None
+        return pending

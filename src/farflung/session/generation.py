@@ -24,6 +24,7 @@ from farflung.protocol.driver import (
     GenerationPlan,
     SendWindow,
     Stop,
+    TellIds,
     Timed,
     advance,
 )
@@ -190,6 +191,9 @@ class Generation:
                     self.stats.rounds += len(effect.window.want)
                     if self._ring is not None:
                         self._ring.send(effect.window, effect.token_ids)
+                case TellIds():
+                    if self._ring is not None:
+                        self._ring.tell_ids(effect.slots, effect.token_ids)
                 case Emit():
                     self._time_token()
                     self._emitted.put_nowait(effect)

@@ -32,6 +32,7 @@ from farflung.core.messages import (
     Fault,
     Grant,
     Have,
+    Ids,
     Message,
     Open,
     OpenText,
@@ -41,6 +42,7 @@ from farflung.core.messages import (
     Window,
 )
 from farflung.core.route import Hop
+from farflung.core.window import SlotSpan
 from farflung.identity.keys import Identity
 from farflung.protocol.driver import AnswerReceived, DriverEvent, Failed, GrantReceived
 from farflung.protocol.events import CreditReceived, HaveReceived, SuccessorLost, SuccessorUp
@@ -116,6 +118,12 @@ class Ring:
         except LinkError as error:
             raise self._lost(self._first, "takes no more", error) from error
 
+    def tell_ids(self, slots: tuple[SlotSpan, ...], token_ids: Sequence[int]) -> None:
+        """To the tail. Where its line is gone they are lost, and go out again with all others when it is back."""
+        line = self.stages[self._tail.node_id].line
+        ids = np.array(token_ids, dtype="<i4").tobytes()
+        try_send(line, Ids(slots), (ids,))
+
     async def close(self, reason: str, *, wait_for_reports: bool) -> None:
         """Ends the session at every stage, waits a moment for their reports where wanted, and lets the lines go."""
         self.say_goodbye(reason)
@@ -190,7 +198,7 @@ class Ring:
             case Have() if line.peer == self._first.node_id:
                 self._on_event(HaveReceived(message))
             case Grant():
-                self._on_event(GrantReceived(message.slots))
+                self._on_event(GrantReceived(message.slots, is_tail=line.peer == self._tail.node_id != self._first.node_id))
             case Fault() | Trouble():
                 self._on_event(Failed(error_from_code(message.code, message.message, message.hint), message.node_id))
             case Evicted():

@@ -169,6 +169,7 @@ class Swarm:
             vocab_size=self.spec.vocab_size,
             end_tokens=end_tokens,
             chunk_tokens=options.chunk_tokens,
+            tells_ids=options.sampling.needs_history,
         )
         return Generation(
             GenerationSetup(
