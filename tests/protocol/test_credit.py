@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farflung.core.errors import ProtocolViolation
+from farflung.core.tree import Place, TokenTree
 from farflung.protocol.credit import (
     INITIAL_CREDIT_BYTES,
     INITIAL_SLOTS,
@@ -71,13 +72,20 @@ def test_a_receiver_cannot_let_more_be_sent_than_the_grant() -> None:
 
 def test_slots_in_flight_are_bounded_by_the_least_grant() -> None:
     slots = SlotCredit()
-    assert slots.room(next_slot=10, covered=4) == INITIAL_SLOTS - 6
+    assert slots.room(of(10), covered=4) == INITIAL_SLOTS - 6
     slots = slots.grant(100).grant(20).grant(50)
-    assert slots.room(next_slot=10, covered=4) == 14
-    assert slots.room(next_slot=60, covered=4) == 0
+    assert slots.room(of(10), covered=4) == 14
+    assert slots.room(of(60), covered=4) == 0
 
 
 @pytest.mark.parametrize("slots", [0, -1])
 def test_a_grant_that_lets_nothing_through_is_a_violation(slots: int) -> None:
     with pytest.raises(ProtocolViolation):
         SlotCredit().grant(slots)
+    many = TokenTree(next_slot=60, alive={slot: Place(slot - 1, slot) for slot in range(55, 60)})
+    assert slots.room(many, covered=60) == slots.granted - 5, "answered slots hold KV until they are committed or dead"
+
+
+def of(next_slot: int) -> TokenTree:
+    """A tree of which so many slots went out, all dead or committed by now."""
+    return TokenTree(next_slot=next_slot)

@@ -21,6 +21,7 @@ from farflung.core.messages import Window
 from farflung.core.tree import TokenTree
 from farflung.core.window import Commit, SlotRun, spans_of
 from farflung.protocol import stage, windows
+from farflung.protocol.credit import SlotCredit
 from farflung.protocol.windows import runs_of
 
 Action = tuple[str, int, int]
@@ -102,9 +103,9 @@ class Player:
 
     @property
     def room(self) -> int:
-        """Slots that may go out: in flight and uncommitted ones are both bounded by the grant."""
-        driver, grant = self.world.driver, self.world.shape.grant
-        return grant - max(driver.tree.next_slot - driver.covered, len(driver.tree.alive))
+        """Slots that may go out."""
+        driver = self.world.driver
+        return SlotCredit(self.world.shape.grant, 1).room(driver.tree, driver.covered)
 
     def grow(self, count: int, random: Random) -> None:
         """Some slots anywhere in the tree; perhaps a commit, which may name them and kill some."""

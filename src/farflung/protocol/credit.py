@@ -6,8 +6,9 @@ window may overdraw it, so a window larger than the grant still gets through - a
 lumps: a decode row costs no extra frame. Where an edge is taken up again after a broken line, the receiver says what it can
 take, less what it still has to compute.
 
-Slot credit: how many slots the driver may have in flight. Every stage grants a number when the owner's line is up, the least of
-them counts, and a slot is in flight until the tail's ``next_slot`` has passed it.
+Slot credit: how many slots of the token tree the driver may have in flight. Every stage grants a number when the owner's line
+is up, the least of them counts, and a slot is in flight until the tail's ``next_slot`` has passed it. Prompts need none: hop
+credit covers them, and their slots are committed by the window that brings them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from farflung.core.errors import ProtocolViolation
+from farflung.core.tree import TokenTree
 
 INITIAL_CREDIT_BYTES = 1024**2
 """Of each edge. Some 100 ms of a 100 Mbps uplink; times the sessions of a node it must stay within a link's queue."""
@@ -95,6 +97,12 @@ class SlotCredit(Struct, frozen=True):
             raise ProtocolViolation(f"a grant of {slots} slots lets nothing through")
         return SlotCredit(slots if not self.grants else min(self.granted, slots), self.grants + 1)
 
-    def room(self, next_slot: int, covered: int) -> int:
-        """Slots that may still be sent, when those from ``covered`` up to ``next_slot`` are in flight."""
-        return max(0, self.granted - (next_slot - covered))
+    def room(self, tree: TokenTree, covered: int) -> int:
+        """Slots that may still be sent. Those on their way through the ring are bounded by the grant, and those that are not
+        committed, answered or not: they hold KV at every stage.
+
+        Args:
+            tree: the driver's.
+            covered: the highest ``next_slot`` that an answer told.
+        """
+        return max(0, self.granted - max(tree.next_slot - covered, len(tree.alive)))
