@@ -76,14 +76,14 @@ def test_slots_in_flight_are_bounded_by_the_least_grant() -> None:
     slots = slots.grant(100).grant(20).grant(50)
     assert slots.room(of(10), covered=4) == 14
     assert slots.room(of(60), covered=4) == 0
+    many = TokenTree(next_slot=60, alive={slot: Place(slot - 1, slot) for slot in range(55, 60)})
+    assert slots.room(many, covered=60) == slots.granted - 5, "answered slots hold KV until they are committed or dead"
 
 
 @pytest.mark.parametrize("slots", [0, -1])
 def test_a_grant_that_lets_nothing_through_is_a_violation(slots: int) -> None:
     with pytest.raises(ProtocolViolation):
         SlotCredit().grant(slots)
-    many = TokenTree(next_slot=60, alive={slot: Place(slot - 1, slot) for slot in range(55, 60)})
-    assert slots.room(many, covered=60) == slots.granted - 5, "answered slots hold KV until they are committed or dead"
 
 
 def of(next_slot: int) -> TokenTree:
