@@ -30,8 +30,10 @@ from farflung.node.service import Node, NodeConfig, NodePorts
 from farflung.session.swarm import DriverPorts, Swarm
 from farflung.swarm.memory_directory import MemoryDirectory
 from farflung.swarm.service import DirectoryService, ServiceConfig
+from farflung.transport.hello import hello_with
 from farflung.transport.link import Frame, Link, LinkHandler, LinkStats, Listener, Priority, Transport
 from farflung.transport.memory import LinkShape, MemoryNetwork
+from farflung.wire.codec import CODEC_NAMES
 
 START_UNIX_S = 1_700_000_000.0
 
@@ -162,6 +164,8 @@ class WorldConfig:
     dtype: torch.dtype = torch.float32
     node: NodeConfig = field(default_factory=NodeConfig)
     wrap: Callable[[StageBackend], StageBackend] = lambda backend: backend
+    codecs: tuple[tuple[str, ...], ...] = ()
+    """What each stage speaks; empty: everything."""
 
 
 @asynccontextmanager
@@ -190,15 +194,17 @@ async def world(config: WorldConfig) -> AsyncGenerator[World, None]:
             )
             stack.push_async_callback(backend.aclose)
             identity = seeded_identity(number)
+            codecs = config.codecs[number - 1] if config.codecs else CODEC_NAMES
             ports = NodePorts(
                 identity=identity,
-                transport=RecordingTransport(network.endpoint(identity.node_id), log),
+                transport=RecordingTransport(network.endpoint(identity.node_id, hello=hello_with(codecs)), log),
                 directory=MemoryDirectory(service, random.Random(config.seed + number)),
                 backend=config.wrap(backend),
                 clock=clock,
                 random=random.Random(config.seed * 1000 + number),
             )
-            node = Node(replace(config.node, listen=f"node{number}:1"), ports)
+            table = replace(config.node.table, codecs=frozenset(codecs))
+            node = Node(replace(config.node, listen=f"node{number}:1", table=table), ports)
             await node.start()
             stack.push_async_callback(node.drain)
             nodes.append(node)

@@ -10,12 +10,13 @@ import pytest
 from models import tiny_model
 from virtual_swarm import World, WorldConfig, world
 
-from farflung.core.messages import Ids, Window
+from farflung.core.messages import Ids, Open, Window
 from farflung.core.sampling import SamplingOptions
 from farflung.lab.virtual_clock import run_virtual
 from farflung.node.quotas import Quotas
 from farflung.node.service import NodeConfig
 from farflung.session.options import GenerateOptions
+from farflung.wire.codec import CODEC_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -99,5 +100,22 @@ def test_only_the_tail_is_told_the_tokens_and_only_where_sampling_looks_back(mod
             between = [frame for frame in made.log if isinstance(frame.message, Window) and frame.sender != made.driver_id]
             assert between
             assert all(len(frame.sizes) == 1 for frame in between)
+
+    run_virtual(run())
+
+
+def test_each_edge_has_the_first_allowed_codec_that_its_receiver_speaks(model: Path) -> None:
+    async def run() -> None:
+        speaks = (CODEC_NAMES, ("fp32", "bf16", "int8"), ("fp32", "bf16"))
+        async with world(WorldConfig(model=model, cuts=(2, 4), codecs=speaks)) as made:
+            options = GenerateOptions(max_tokens=3, codecs=("int4", "bf16"), ignore_eos=True)
+            for _ in range(2):  # at first links are not up, then it is known what the others speak
+                assert len([token async for token in made.swarm.generate(prompt_of(1), options)]) == 3
+            opened = {
+                (frame.receiver, frame.message.codec)
+                for frame in made.log
+                if isinstance(frame.message, Open) and frame.sender != made.driver_id
+            }
+            assert opened == {(made.nodes[1].node_id, "bf16"), (made.nodes[2].node_id, "bf16")}
 
     run_virtual(run())
