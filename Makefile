@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 endif
 
-.PHONY: help demo test test-fast lint format types contracts check bench fuzz clean
+.PHONY: families exactness help demo test test-fast lint format types contracts check bench fuzz clean
 
 help: ## what can be made here
 	@$(PYTHON) scripts/make_help.py
@@ -53,6 +53,14 @@ fuzz: ## search for bytes that break the decoders, SECONDS=60 each (Linux)
 	@$(PYTHON) scripts/bootstrap.py demo dev fuzz
 	@$(BIN)/python -m fuzz frames --seconds $(SECONDS)
 	@$(BIN)/python -m fuzz records --seconds $(SECONDS)
+
+families: ## tries every model type of transformers, tiny and split in three, and writes docs/families.md (minutes)
+	@$(PYTHON) scripts/bootstrap.py demo dev
+	@$(BIN)/python scripts/families.py --out docs/families.md
+
+exactness: ## real weights of the built-in list, as far as they are here, split in three against plain transformers (minutes)
+	@$(PYTHON) scripts/bootstrap.py demo dev
+	@$(BIN)/python -m bench.real_models
 
 clean: ## remove .venv and caches
 	@$(PYTHON) -c "import shutil; [shutil.rmtree(d, ignore_errors=True) for d in ('.venv', '.mypy_cache', '.ruff_cache', '.pytest_cache', '.hypothesis')]"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import tiny_model
 
-from farflung.core.errors import CodecError, MalformedFrame, ProtocolViolation, SessionRefused, StageFailed, UnsupportedModel
+from farflung.core.errors import CodecError, MalformedFrame, ProtocolViolation, SessionRefused, StageFailed
 from farflung.core.ids import SessionId
 from farflung.core.model import LayerRange
 from farflung.core.sampling import SamplingOptions
@@ -286,20 +286,6 @@ def test_several_may_close_the_compute_thread_at_a_time_and_one_of_them_give_up(
 
     asyncio.run(body())
     assert "farflung-test" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_rotary_factors_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 16,
-        "long_factor": [2.0] * 16,
-        "original_max_position_embeddings": 64,
-        "partial_rotary_factor": 1.0,
-    }
-    path = tiny_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=64)
-    with pytest.raises(UnsupportedModel, match="'phi3' with longrope rotary scaling"):
-        backend_of(SafetensorsSource.of_folder(path))
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 kernels on this processor")

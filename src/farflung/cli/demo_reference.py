@@ -19,13 +19,14 @@ from farflung.cli.stopping import ParentWatch
 def main(model: str) -> None:
     watch = ParentWatch()
     _yield_to_others()
-    loaded = _load(model)
+    loaded = load_plainly(model)
     _say({"event": "loaded"})
     request = json.loads(watch.lines.get())
     _say({"token_ids": _greedy(loaded, request["prompt_ids"], request["max_tokens"], request["end_ids"])})
 
 
-def _load(model: str) -> Any:
+def load_plainly(model: str) -> Any:
+    """The whole model as plain transformers makes it of a folder or a GGUF file, fp32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
