@@ -1,0 +1,78 @@
+"""How members of a swarm are connected, and the path that lies between two of them.
+
+The rules are those of the emulator: the round trip between two members is half of each one's, and so is the variance of its
+jitter; bytes pass the sender's uplink and then the receiver's downlink. Rates are those of IP; of them a stream of TCP gets
+1448 in 1500 bytes, and on some paths only a share, however warm it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from farflung.core.errors import UsageError
+from farflung.transport.memory import LinkShape
+
+_PAYLOAD_SHARE = 1448 / 1500
+_MBPS = 1e6 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """One member's line to the rest of the world.
+
+    Attributes:
+        up_mbps, down_mbps: of IP bytes; 0: unlimited.
+        rtt_ms: round trip between two members with this access.
+        jitter_ms: standard deviation of that round trip.
+        loss_pct: of packets, in each direction.
+        reached_share: the part of the rate that a warm stream really reaches.
+    """
+
+    up_mbps: float = 0.0
+    down_mbps: float = 0.0
+    rtt_ms: float = 0.0
+    jitter_ms: float = 0.0
+    loss_pct: float = 0.0
+    reached_share: float = 1.0
+
+    @property
+    def up_bytes_per_s(self) -> float | None:
+        """What a stream reaches; None: no limit."""
+        return self.up_mbps * _MBPS * _PAYLOAD_SHARE * self.reached_share or None
+
+    @property
+    def down_bytes_per_s(self) -> float | None:
+        return self.down_mbps * _MBPS * _PAYLOAD_SHARE * self.reached_share or None
+
+
+PROFILES = {
+    "infiniband": Access(),
+    "lan": Access(up_mbps=1000, down_mbps=1000, rtt_ms=0.5),
+    "fiber": Access(up_mbps=100, down_mbps=1000, rtt_ms=10),
+    "cable": Access(up_mbps=20, down_mbps=200, rtt_ms=20),
+    "5g": Access(up_mbps=20, down_mbps=100, rtt_ms=30),
+    # At 100 ms with jitter a warm stream on cubic gets half of 100 Mbps.
+    "intercontinental": Access(up_mbps=100, down_mbps=1000, rtt_ms=100, jitter_ms=20, reached_share=0.5),
+}
+
+
+def profile(name: str) -> Access:
+    """Raises UsageError where there is none of that name."""
+    found = PROFILES.get(name)
+    if found is None:
+        raise UsageError(f"there is no network profile {name[:40]!r}", hint=f"known: {', '.join(PROFILES)}")
+    return found
+
+
+def path_shape(sender: Access, receiver: Access) -> LinkShape:
+    """Of the path from one member to another, without the sender's uplink, which its paths share."""
+    # Of the variance of a round trip each end has a half, and of that each direction a half.
+    variance = (sender.jitter_ms**2 + receiver.jitter_ms**2) / 4
+    loss = 1 - (1 - sender.loss_pct / 100) * (1 - receiver.loss_pct / 100)
+    return LinkShape(
+        delay_s=(sender.rtt_ms + receiver.rtt_ms) / 4e3,
+        jitter_std_s=math.sqrt(variance) / 1e3,
+        rate_bytes_per_s=receiver.down_bytes_per_s,
+        loss=loss,
+    )
