@@ -18,7 +18,7 @@ import typer
 import typer.main
 
 from farflung import __version__
-from farflung.cli import bench, chat, config_command, demo, directory, doctor, generate, key, models, node, status
+from farflung.cli import bench, chat, config_command, demo, directory, doctor, generate, key, lab, models, node, status
 from farflung.cli.config import DEFAULTS, OFF, CommandPath, Defaults, Schema, Settings, as_default_map, config_files, gather
 from farflung.cli.output import FAILED, INTERRUPTED, WRONG_USAGE, exit_code, print_error
 from farflung.core.errors import FarflungError
@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: farflung demo",
 )
-for group in (demo, directory, node, generate, chat, status, models, key, bench, doctor, config_command):
+for group in (demo, directory, node, generate, chat, status, models, key, bench, lab, doctor, config_command):
     app.add_typer(group.app)
 
 

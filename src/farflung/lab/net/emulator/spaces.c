@@ -112,6 +112,7 @@ void open_space(struct node *node, int mtu, const struct sysctl *sysctls, int co
     snprintf(request.ifr_name, IFNAMSIZ, "%s", INTERFACE);
     request.ifr_flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR;
     if (ioctl(node->tun, TUNSETIFF, &request)) fail("/dev/net/tun");
+    write_file("/proc/sys/net/ipv6/conf/" INTERFACE "/disable_ipv6", "1"); /* the network is IPv4; no noise from the other */
     int header = OFFLOAD_HEADER;
     ioctl(node->tun, TUNSETVNETHDRSZ, &header);
     for (int i = 0; i < count; i++) {
