@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farflung.cli import lab_simulate
 from farflung.cli.options import Debug, Json, examples
 from farflung.cli.output import FAILED, Output, command
 from farflung.cli.stopping import cancelled_by_sigterm
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from farflung.lab.net.topology import Topology
 
 app = typer.Typer(name="lab", no_args_is_help=True, help="A wide-area network on this machine.")
+app.add_typer(lab_simulate.app)
 
 LabName = Annotated[str, typer.Option("--lab", metavar="NAME", help="Which lab, where several run side by side.")]
 Settings = Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", show_default=False)]
