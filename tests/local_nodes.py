@@ -46,8 +46,11 @@ def add_tokenizer(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def local_swarm(model: Path, cuts: tuple[int, ...]) -> AsyncGenerator[str, None]:
-    """Serves the model's stages, cut at ``cuts``, in fp32 with one compute thread each; gives the directory's URL."""
+async def local_swarm(model: Path, cuts: tuple[int, ...], nodes: list[Node] | None = None) -> AsyncGenerator[str, None]:
+    """Serves the model's stages, cut at ``cuts``, in fp32 with one compute thread each; gives the directory's URL.
+
+    ``nodes`` takes them, for a test that breaks something.
+    """
     source = open_source(str(model))
     spec = source.spec()
     async with AsyncExitStack() as stack:
@@ -71,6 +74,8 @@ async def local_swarm(model: Path, cuts: tuple[int, ...]) -> AsyncGenerator[str,
             node = Node(NodeConfig(), ports)
             await node.start()
             stack.push_async_callback(node.drain)
+            if nodes is not None:
+                nodes.append(node)
         yield server.url
 
 
