@@ -58,6 +58,7 @@ class Successor:
         self._session = session
         self._connecting = False
         self._begun_epoch = 0  # of the edge on which the next stage was opened already
+        self._rejoins = session.opening.message.asks_have  # of the first opening: a newer one may come before this edge is up
         self.line: Line | None = None
         self.trouble: Trouble | None = None
 
@@ -138,7 +139,7 @@ class Successor:
             raise ProtocolViolation("the tail has no successor")
         # A node that enters the route with this edge holds nothing yet and need not be asked - unless this stage was itself
         # asked, because it was restarted: the next one may hold much.
-        begins = self._begun_epoch < epoch == opening.successor.epoch and not opening.message.asks_have
+        begins = self._begun_epoch < epoch == opening.successor.epoch and not self._rejoins
         self.line, self._begun_epoch = line, epoch
         line.send(replace(opening.message, codec=self._session.codec_out, asks_have=not begins), (), Priority.PREFILL)
         self._session.feed(SuccessorUp(begins))
