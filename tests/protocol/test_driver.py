@@ -23,6 +23,7 @@ from farflung.protocol.driver import (
     GrantReceived,
     SendWindow,
     Stop,
+    TellIds,
     Timed,
     advance,
     plan_generation,
@@ -181,6 +182,18 @@ def test_the_least_of_the_stages_grants_bounds_what_is_in_flight() -> None:
     assert state.slots.granted == 100
     with pytest.raises(ProtocolViolation):
         run(state, GrantReceived(0))
+
+
+def test_the_tail_is_told_every_token_once_it_listens_and_again_when_it_comes_anew() -> None:
+    plan = GenerationPlan(prompt=(10, 11, 12), max_tokens=5, vocab_size=100, tells_ids=True)
+    state, effects = run(DriverState(plan=plan), SuccessorUp(begins=True), GrantReceived(64))
+    assert not [effect for effect in effects if isinstance(effect, TellIds)]
+    state, effects = run(state, GrantReceived(64, is_tail=True))
+    assert effects == [TellIds((SlotSpan(0, 3),), (10, 11, 12))]
+    state, effects = run(state, answer(state, 42))
+    assert TellIds((SlotSpan(3, 1),), (42,)) in effects
+    state, effects = run(state, GrantReceived(64, is_tail=True))
+    assert effects == [TellIds((SlotSpan(0, 4),), (10, 11, 12, 42))]
 
 
 def test_a_prompt_beyond_the_first_stages_credit_waits_for_more() -> None:

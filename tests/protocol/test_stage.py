@@ -13,6 +13,7 @@ from farflung.protocol.events import (
     CreditReceived,
     Forward,
     HaveReceived,
+    IdsReceived,
     OwnerAttached,
     OwnerLost,
     PredecessorUp,
@@ -401,6 +402,40 @@ def test_without_a_successor_a_stage_computes_no_more_than_a_grant_of_bytes() ->
     assert state.ready is not None
     state, _ = run(state, *computed())
     assert state.ready is None
+
+
+# -- token ids at the tail -----------------------------------------------------------------------------------------------
+
+
+def test_where_sampling_looks_back_a_window_waits_for_its_tokens_in_whatever_order_they_come() -> None:
+    state, _ = run(tail(needs_ids=True), path(0, 2, -1, 0), IdsReceived((1,), (71,)))
+    assert state.ready is None
+    state, _ = run(state, IdsReceived((2, 0, 1), (72, 70, 99)))
+    assert state.ready is not None
+    state, _ = run(state, START)
+    assert state.step_ids == (70, 71), "the first that came for a slot stands"
+    state, _ = run(state, StepDone())
+    assert (state.ids, state.step_ids) == ({2: 72}, ())
+
+
+def test_nobody_waits_for_the_tokens_of_the_dead() -> None:
+    state, _ = run(tail(needs_ids=True), path(0, 1, -1, 0), IdsReceived((0,), (70,)), *computed())
+    state, _ = run(state, guess((1, 0), (2, 0)), guess(commit=Commit(1, (SlotSpan(2, 1),))), IdsReceived((2,), (72,)))
+    assert state.ready is not None
+    state, _ = run(state, START)
+    assert state.step_ids == (72,)
+
+
+def test_tokens_that_are_told_ahead_are_bounded() -> None:
+    state = tail(needs_ids=True, max_slots=4)
+    state, _ = run(state, IdsReceived(tuple(range(12)), (7,) * 12))
+    with pytest.raises(ProtocolViolation, match="13 slots were told"):
+        run(state, IdsReceived((12,), (7,)))
+
+
+def test_tokens_that_nobody_looks_at_are_a_violation() -> None:
+    with pytest.raises(ProtocolViolation):
+        run(tail(), IdsReceived((0,), (70,)))
 
 
 # -- what breaks a rule --------------------------------------------------------------------------------------------------
