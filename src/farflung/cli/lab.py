@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farflung.cli import lab_simulate
+from farflung.cli import lab_bench, lab_simulate
 from farflung.cli.options import Debug, Json, examples
 from farflung.cli.output import FAILED, Output, command
 from farflung.cli.stopping import cancelled_by_sigterm
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from farflung.lab.net.topology import Topology
 
 app = typer.Typer(name="lab", no_args_is_help=True, help="A wide-area network on this machine.")
-app.add_typer(lab_simulate.app)
+for group in (lab_simulate, lab_bench):
+    app.add_typer(group.app)
 
 LabName = Annotated[str, typer.Option("--lab", metavar="NAME", help="Which lab, where several run side by side.")]
 Settings = Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", show_default=False)]

@@ -44,6 +44,11 @@ class LabProcess:
         """The end of what it wrote to stderr so far."""
         return "\n".join(self._stderr)
 
+    def send_line(self, text: str) -> None:
+        """Writes a line to its stdin."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(text.encode() + b"\n")
+
     async def line(self, timeout_s: float) -> str | None:
         """The next line of its stdout; None at its end. Raises DeadlineExceeded."""
         if self._process.stdout is None:

@@ -1,0 +1,131 @@
+"""``farflung lab bench``: suites over the emulated network."""
+
+from __future__ import annotations
+
+import asyncio
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farflung.cli.options import Debug, Json, examples
+from farflung.cli.output import Output, command
+from farflung.cli.stopping import cancelled_by_sigterm
+from farflung.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from farflung.lab.bench.case import Case
+
+app = typer.Typer()
+
+SUITES = ("decode",)
+
+
+@app.command(
+    epilog=examples(
+        "farflung lab bench decode --net fiber,cable --backend real --stages 3 --model gemma3-270m --out out",
+        "farflung lab bench decode --backend replay --stages 4 --repeat 5",
+        "farflung lab bench decode --rtt-ms 80 --up-mbps 10 --backend replay --json | jq '.rows[].floor_ratio'",
+    )
+)
+def bench(
+    *,
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="decode: time between tokens of one session.")],
+    net: Annotated[
+        str,
+        typer.Option("--net", metavar="PROFILE,...", help="Networks; without it fiber, cable, 5g and intercontinental."),
+    ] = "",
+    rtt_ms: Annotated[float, typer.Option("--rtt-ms", min=0, help="Instead of --net: round trip between members.")] = 0.0,
+    up_mbps: Annotated[float, typer.Option("--up-mbps", min=0, help="Instead of --net: uplink; 0 is unlimited.")] = 0.0,
+    down_mbps: Annotated[float, typer.Option("--down-mbps", min=0, help="Instead of --net: downlink.")] = 0.0,
+    jitter_pct: Annotated[float, typer.Option("--jitter-pct", min=0, help="Of the round trip.")] = 0.0,
+    loss_pct: Annotated[float, typer.Option("--loss-pct", min=0, max=100, help="In each direction.")] = 0.0,
+    backend: Annotated[str, typer.Option("--backend", help="real stages, or replay: a 70B model's times and bytes.")] = "real",
+    model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="As for farflung node; a name for replay.")] = "",
+    stages: Annotated[int, typer.Option("--stages", min=1, max=64, help="Nodes that share the layers.")] = 4,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of real stages.")] = "auto",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of each real stage.")] = 1,
+    codec: Annotated[str, typer.Option("--codec", help="Between stages.")] = "int8",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Before decoding.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Decoded in each repeat, after a warm-up.")] = 64,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Medians are reported, with the least and the most.")] = 3,
+    traces: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Recorded paths for replay.")] = None,
+    rung: Annotated[str, typer.Option("--rung", help="emulate; see also 'farflung lab simulate'.")] = "emulate",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of prompts, jitter and losses.")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write JSON, Markdown and SVG there.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a suite over emulated networks: a directory, nodes and a driver as processes, each with an address of its own.
+
+    Every row stands beside its floor: one-way delays, serialisation and stage compute. Run it alone on the machine.
+    """
+    with command(json=json, debug=debug) as output:
+        from farflung.lab.bench.case import REPLAY_MODEL, Case, connections
+
+        if suite not in SUITES:
+            raise UsageError(f"there is no suite {suite[:40]!r}", hint=f"there is {', '.join(SUITES)}")
+        if rung != "emulate":
+            raise UsageError(f"--rung {rung[:40]!r} is not run here", hint="the virtual clock has 'farflung lab simulate'")
+        by_hand = {
+            "rtt_ms": rtt_ms,
+            "up_mbps": up_mbps,
+            "down_mbps": down_mbps,
+            "jitter_pct": jitter_pct,
+            "loss_pct": loss_pct,
+        }
+        cases = [
+            Case(
+                net=name,
+                connection=connection,
+                backend=backend,
+                model=model or (REPLAY_MODEL if backend == "replay" else "gemma3-270m"),
+                stages=stages,
+                dtype=dtype,
+                threads=threads,
+                codec=codec,
+                prompt_tokens=prompt_tokens,
+                tokens=tokens,
+                repeats=repeat,
+                seed=seed,
+                traces=traces.resolve() if traces is not None else None,
+                by_hand={key: value for key, value in by_hand.items() if value},
+            )
+            for name, connection in connections(net, by_hand)
+        ]
+        rows = asyncio.run(_run(output, cases))
+        output.json({"suite": suite, "rows": rows})
+        _write(output, suite, cases[0], rows, out)
+
+
+async def _run(out: Output, cases: list[Case]) -> list[dict[str, Any]]:
+    from farflung.lab.bench.decode import decode
+
+    rows = []
+    async with cancelled_by_sigterm():
+        for case in cases:
+            rows.append(await decode(case, lambda what, case=case: out.note(f"{case.net}: {what} ...")))  # type: ignore[misc]
+    return rows
+
+
+def _write(out: Output, suite: str, case: Case, rows: list[dict[str, Any]], folder: Path | None) -> None:
+    from farflung.lab.bench.report import decode_plot, decode_table
+
+    table = decode_table(rows)
+    out.write(table)
+    if folder is None:
+        return
+    title = f"{case.model}, {case.stages} stages, {case.backend}: plain decode"
+    files = {
+        "json": json_format.dumps({"suite": suite, "rows": rows}, indent=1) + "\n",
+        "md": table,
+        "svg": decode_plot(rows, title),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for ending, text in files.items():
+            (folder / f"{suite}-{case.backend}.{ending}").write_text(text)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
+    out.note(f"written to {folder}: " + ", ".join(f"{suite}-{case.backend}.{ending}" for ending in files))

@@ -1,0 +1,88 @@
+"""Rows of a benchmark as a Markdown table and as a picture. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+Row = dict[str, Any]
+
+BAR, GAP, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 44, 46, 64, 24, 64, 70, 260
+INK, FAINT, FILL, FLOOR = "#1f2937", "#e5e7eb", "#2563eb", "#dc2626"
+
+
+def name_of(row: Row) -> str:
+    """What to call a row's network."""
+    return str(row.get("net") or " ".join(f"{key}={row[key]:g}" for key in ("rtt_ms", "up_mbps") if key in row))
+
+
+def decode_table(rows: Sequence[Row]) -> str:
+    """The suite ``decode`` in Markdown."""
+    lines = [
+        "| net | tokens/s | ms/token p50 | p95 | floor ms | x floor | bytes/value | stages ms |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        times = row["inter_token_ms"]
+        cells = (
+            name_of(row),
+            f"{row['tokens_per_s']:.2f}",
+            f"{times['p50']:.1f} ({times['min']:.1f}-{times['max']:.1f})",
+            f"{times['p95']:.1f}",
+            f"{row['floor_ms']:.1f}",
+            f"{row['floor_ratio']:.3f}",
+            f"{row['bytes_per_value']:.3f}",
+            " ".join(f"{ms:.1f}" for ms in row["stage_ms"]),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def decode_plot(rows: Sequence[Row], title: str) -> str:
+    """Tokens per second by network as SVG: bars, and a line across each where its floor would be."""
+    reached = [float(row["tokens_per_s"]) for row in rows]
+    limits = [1e3 / float(row["floor_ms"]) if row["floor_ms"] else rate for row, rate in zip(rows, reached, strict=True)]
+    most, step = _scale(max([*reached, *limits]))
+    width = max(LEFT + RIGHT + len(rows) * (BAR + GAP), 420)
+    total = TOP + HEIGHT + BOTTOM
+
+    def y(rate: float) -> float:
+        return TOP + HEIGHT * (1 - rate / most)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}">',
+        f'<rect width="{width}" height="{total}" fill="#ffffff"/>',
+        f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
+        f'<text x="{LEFT}" y="44">tokens/s measured (bars) and what delay, serialisation and compute allow (red)</text>',
+    ]
+    for tick in range(round(most / step) + 1):
+        at = y(tick * step)
+        parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="{FAINT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick * step:g}</text>')
+    for index, (row, rate, limit) in enumerate(zip(rows, reached, limits, strict=True)):
+        x = LEFT + GAP / 2 + index * (BAR + GAP)
+        middle = x + BAR / 2
+        parts.append(f'<rect x="{x:.1f}" y="{y(rate):.1f}" width="{BAR}" height="{HEIGHT * rate / most:.1f}" fill="{FILL}"/>')
+        at = y(limit)
+        parts.append(
+            f'<line x1="{x - 6:.1f}" x2="{x + BAR + 6:.1f}" y1="{at:.1f}" y2="{at:.1f}" stroke="{FLOOR}" stroke-width="2"/>'
+        )
+        above = min(y(rate), at) - 6
+        parts.append(f'<text x="{middle:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{rate:.1f}</text>')
+        under = TOP + HEIGHT
+        for line, word in enumerate(name_of(row).replace("+", " +").split()):
+            parts.append(f'<text x="{middle:.1f}" y="{under + 18 + 14 * line}" text-anchor="middle">{escape(word)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _scale(most: float) -> tuple[float, float]:
+    """A round number at or above ``most``, and the distance of some five ticks below it."""
+    power = 1.0
+    while power * 10 <= most:
+        power *= 10
+    while power > most > 0:
+        power /= 10
+    step = next(factor * power / 5 for factor in (1, 2, 2.5, 5, 10) if factor * power >= most)
+    return step * 5, step

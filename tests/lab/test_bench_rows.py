@@ -1,0 +1,97 @@
+"""Rows of ``farflung lab bench`` and how they are shown."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from farflung.core.errors import UsageError
+from farflung.lab.bench.case import Case, connections
+from farflung.lab.bench.decode import decode_row
+from farflung.lab.bench.member import Measured
+from farflung.lab.bench.report import decode_plot, decode_table
+from farflung.lab.net.profiles import named_connection
+
+
+def measured(ms: float, stage_ms: tuple[float, ...] = (13.0, 13.0), same: bool | None = None) -> Measured:
+    return Measured(
+        ttft_s=0.5,
+        inter_token_s=[ms / 1e3] * 20,
+        between_stages=8448.0,
+        driver_up=60.0,
+        driver_down=50.0,
+        bytes_sent=1200,
+        stage_ms=list(stage_ms),
+        token_ids=[1] * 21,
+        same_tokens=same,
+        route=[0, 40],
+        reconnects=0,
+    )
+
+
+def case(net: str = "cable", **settings: object) -> Case:
+    return Case(net=net, connection=named_connection(net), stages=2, **settings)  # type: ignore[arg-type]
+
+
+def test_a_row_has_the_keys_that_scripts_rely_on_and_the_ratio_to_its_floor() -> None:
+    row = decode_row(case(), 8192, [measured(70), measured(72), measured(80)])
+    assert {"net", "backend", "model", "stages", "rung", "tokens_per_s", "inter_token_ms", "floor_ms", "floor_ratio"} <= set(
+        row
+    )
+    assert {"bytes_per_value", "bytes_per_token"} <= set(row)
+    # three legs of 10 ms, two stages of 13 ms, one row of 8.4 KB at 20 Mbps less TCP's headers, and the ids
+    assert row["floor_ms"] == pytest.approx(30 + 26 + 8192 * 1.0195 / 2413, rel=0.01)
+    assert row["floor_ratio"] == pytest.approx(72 / float(str(row["floor_ms"])), rel=1e-3)
+    assert row["inter_token_ms"] == {"p50": 72.0, "p95": pytest.approx(80), "min": 70.0, "max": 80.0}
+    assert row["bytes_per_value"] == 1.0312
+
+
+def test_a_replay_s_floor_is_its_curve_whatever_the_stages_say() -> None:
+    busy, quiet = (
+        decode_row(case(backend="replay"), 8192, [measured(90, stage_ms, same=True)]) for stage_ms in ((50, 50), (25, 25))
+    )
+    assert busy["floor_ms"] == quiet["floor_ms"]
+    assert busy["same_tokens"] is True
+    assert "same_tokens" not in decode_row(case(), 8192, [measured(90)])
+
+
+def test_every_member_of_the_swarm_has_its_place_and_the_directory_is_near() -> None:
+    nodes = {node.name: node for node in case("5g+lossy").topology().nodes}
+    assert list(nodes) == ["directory", "driver", "stage1", "stage2"]
+    assert nodes["directory"].label == "lan"
+    assert {nodes[name].label for name in ("driver", "stage1", "stage2")} == {"5g+lossy"}
+
+
+@pytest.mark.parametrize("stages", [1, 3, 4, 7])
+def test_replayed_stages_cover_every_layer_once(stages: int) -> None:
+    wanted = Case(net="lan", connection=named_connection("lan"), backend="replay", stages=stages)
+    ranges = [wanted.replay_layers(stage) for stage in range(stages)]
+    assert [layer for start, stop in ranges for layer in range(start, stop)] == list(range(80))
+
+
+def test_a_network_is_named_or_described_and_never_both() -> None:
+    assert [name for name, _ in connections("fiber,5g+jittery", {})] == ["fiber", "5g+jittery"]
+    ((name, line),) = connections("", {"rtt_ms": 80.0, "up_mbps": 10.0, "jitter_pct": 0.0})
+    assert (name, line.rtt_ms, line.up_mbps, line.down_mbps) == ("rtt_ms=80 up_mbps=10", 80, 10, 0)
+    with pytest.raises(UsageError, match="exclude each other"):
+        connections("fiber", {"rtt_ms": 80.0})
+    with pytest.raises(UsageError, match="no network profile"):
+        connections("fibre", {})
+
+
+@pytest.mark.parametrize("wrong", [{"backend": "dream"}, {"tokens": 0}, {"repeats": 0}])
+def test_a_case_that_cannot_be_run_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        case(**wrong)
+
+
+def test_the_table_and_the_picture_show_every_row() -> None:
+    rows = [decode_row(case(net), 8192, [measured(70)]) for net in ("fiber", "cable+lossy")]
+    table = decode_table(rows)
+    assert table.count("\n") == 4
+    assert "| cable+lossy | 14.29 |" in table
+    drawing = ET.fromstring(decode_plot(rows, "a <title> & more"))
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}rect")) == 3
+    words = [element.text for element in drawing.findall("{http://www.w3.org/2000/svg}text")]
+    assert {"fiber", "cable", "+lossy", "a <title> & more", "14.3"} <= set(words)
