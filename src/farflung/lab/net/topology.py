@@ -34,7 +34,6 @@ NODES_PER_BLOCK = 250
 DEFAULT_SYSCTL = (
     ("net.ipv4.tcp_congestion_control", "cubic"),  # what nearly every peer on the internet runs, whatever this machine does
     ("net.ipv4.tcp_no_metrics_save", "1"),  # one run does not teach the next
-    ("net.ipv4.ping_group_range", "0 2147483647"),
 )
 PAIR_KEYS = frozenset({"base_rtt_ms", "rtt_ms", "loss_pct", "cut"})
 FILE_KEYS = frozenset({"seed", "mtu", "defaults", "nodes", "pairs", "sysctl"})
