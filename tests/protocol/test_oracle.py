@@ -221,6 +221,7 @@ def some_path(tree: TokenTree, random: Random) -> Commit | None:
     return Commit(start, spans_of(path))
 
 
+@pytest.mark.timeout(3600)  # the long profile takes minutes
 @given(SHAPES, actions())
 def test_whatever_breaks_every_answer_is_what_its_path_gives_and_nobody_waits_for_ever(
     shape: Shape, history: list[Action]

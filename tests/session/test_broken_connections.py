@@ -96,6 +96,7 @@ def under_fire(model: Path, trial: Trial, seed: int) -> Outcome:
             assert firing.cancelled() or firing.exception() is None
             outcome.reconnects = generation.stats.reconnects
             await made.settle()
+            assert all(session.log is None or session.log.memory == 0 for session in outcome.sessions)
             check_digests(made)
             return outcome
 
@@ -174,6 +175,27 @@ def test_links_that_fall_silent_for_longer_than_they_live_change_no_token(model:
     far = LinkShape(delay_s=0.05, jitter_s=0.01, rate_bytes_per_s=12.5e6)
     trial = Trial(options=options(120), silent_s=LinkConfig().dead_after_s + 1.5, cuts=5, shape=far)
     check(under_fire(model, trial, seed), trial, uncut(model, trial))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_generation_that_is_cancelled_between_cuts_leaves_nothing_behind(model: Path, seed: int) -> None:
+    async def run() -> None:
+        trial = Trial(options=options(200), pause_s=0.1)
+        async with world(WorldConfig(model=model, cuts=(2, 4), kv_tokens=512, seed=seed)) as made:
+            outcome = Outcome()
+            generation = made.swarm.generate(trial.prompt, trial.options)
+            firing = asyncio.create_task(fire(made, generation, trial, Random(seed), outcome))
+            async for _ in generation:
+                if outcome.cuts >= 10:
+                    break
+            await generation.aclose()
+            await made.settle(15)  # a stage that does not hear of it waits ten seconds for its owner
+            firing.cancel()
+            await asyncio.wait([firing])
+            assert len(outcome.sessions) == 3
+            assert all(session.log is None or session.log.memory == 0 for session in outcome.sessions)
+
+    run_virtual(run())
 
 
 # -- real sockets --------------------------------------------------------------------------------------------------------
