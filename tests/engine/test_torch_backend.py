@@ -20,8 +20,8 @@ from farflung.core.window import Commit, SlotRun, spans_of
 from farflung.engine.attention import ATTENTION
 from farflung.engine.backend import SessionSpec, StageResult, StageWork
 from farflung.engine.bench import StageBenchConfig, bench_stage
+from farflung.engine.blocked_linear import BlockedLinear, block_linears
 from farflung.engine.compute import ComputeThread
-from farflung.engine.linear import BlockedLinear, PackedLinear, block_linears, pack_linears
 from farflung.engine.loader import load_stage
 from farflung.engine.safetensors_source import SafetensorsSource
 from farflung.engine.segments import BLOCK_ROWS, MASK_CELLS, max_rows
@@ -286,22 +286,6 @@ def test_several_may_close_the_compute_thread_at_a_time_and_one_of_them_give_up(
 
     asyncio.run(body())
     assert "farflung-test" not in {thread.name for thread in threading.enumerate()}
-
-
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 kernels on this processor")
-def test_packed_weights_multiply_bit_for_bit_like_plain_ones_and_leave_a_tied_embedding_alone() -> None:
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(128, 320, dtype=torch.bfloat16)
-    embed = torch.nn.Embedding(320, 128, dtype=torch.bfloat16)
-    embed.weight = linear.weight
-    model = torch.nn.ModuleDict({"embed": embed, "head": linear})
-    rows = torch.randn((1, 5, 128), dtype=torch.bfloat16)
-    with torch.inference_mode():
-        expected = linear(rows)
-        assert torch.equal(PackedLinear(linear)(rows), expected)
-        assert pack_linears(model) in (0, 1)  # as measured here
-        assert torch.equal(model["head"](rows), expected)
-        assert torch.equal(embed(torch.arange(320)), linear.weight)
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bias"), [(320, 256, True), (1026, 64, False), (4096, 32, True)])

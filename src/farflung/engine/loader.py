@@ -7,7 +7,8 @@ A stage reads and holds its own share: its layers, the embedding where it is the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,17 +72,26 @@ class StageModule:
         return sum(p.nbytes for p in self.model.parameters() if p.device.type != "meta")
 
 
-def stage_parameters(model: Skeleton, parts: Anatomy, layers: LayerRange) -> dict[str, str]:
-    """Parameters a stage holds, by name, and the parameter each takes its value from (itself, or the one it is tied to)."""
+Finish = Callable[[nn.Module, int | None], nn.Module]
+"""Called with a layer and its index, or the head and None, when its parameters are there; what it returns takes its place."""
+
+
+def stage_places(model: Skeleton, parts: Anatomy, layers: LayerRange) -> list[str]:
+    """Names of the modules a stage holds, in the order they are filled: layers first."""
     held = [f"{parts.layers}.{index}" for index in range(layers.start, layers.stop)]
     if layers.start == 0:
         held.append(parts.embed)
     if layers.stop == layer_count(model.config):
         held += [parts.norm, parts.head]
+    return held
+
+
+def stage_parameters(model: Skeleton, parts: Anatomy, layers: LayerRange) -> dict[str, str]:
+    """Parameters a stage holds, by name, and the parameter each takes its value from (itself, or the one it is tied to)."""
     tied = model.all_tied_weights_keys
     return {
         f"{place}.{name}": tied.get(f"{place}.{name}", f"{place}.{name}")
-        for place in held
+        for place in stage_places(model, parts, layers)
         for name in model.get_submodule(place).state_dict()
     }
 
@@ -94,6 +104,7 @@ def load_stage(
     attention: str | None = ATTENTION,
     progress: Progress | None = None,
     expected_digest: ModelDigest | None = None,
+    finish: Finish | None = None,
 ) -> StageModule:
     """Builds and fills a stage.
 
@@ -106,6 +117,8 @@ def load_stage(
         progress: told the bytes read.
         expected_digest: the model asked for. Given, the model must have it, and every tensor is checked against the manifest as
             it is read.
+        finish: makes of a layer or head what the stage keeps, before the next is read: so that weights that are packed are not
+            held twice.
 
     Raises UsageError where the model has no such layers; DigestMismatch; CorruptWeights, naming the tensor; UnsupportedModel.
     """
@@ -123,8 +136,19 @@ def load_stage(
     parts = anatomy(model)
     values = stage_parameters(model, parts, layers)
     _fill_buffers(model, parts, layers)
-    _Filling(model, source, dtype, manifest, progress).run(values)
+    filling = _Filling(model, source, dtype, manifest, progress)
+    filling.run(values, partial(_finish, model, parts, layers, finish) if finish is not None else None)
     return _cut(model, parts, layers, config, dtype)
+
+
+def _finish(model: Skeleton, parts: Anatomy, layers: LayerRange, finish: Finish, name: str) -> None:
+    """``name``: the parameter that was filled last. Hands over the layer or head whose last one it is."""
+    place = next(place for place in stage_places(model, parts, layers) if name.startswith(f"{place}."))
+    module = model.get_submodule(place)
+    if place in (parts.embed, parts.norm) or f"{place}.{list(module.state_dict())[-1]}" != name:
+        return
+    index = None if place == parts.head else int(place.rpartition(".")[2])
+    model.set_submodule(place, finish(module, index))
 
 
 def hollow_stage(config: Config, layers: LayerRange) -> StageModule:
@@ -170,8 +194,9 @@ class _Filling:
     manifest: ModelManifest | None
     progress: Progress | None
 
-    def run(self, values: dict[str, str]) -> None:
-        """``values`` as ``stage_parameters`` gives them. A tensor that several parameters share is read once."""
+    def run(self, values: dict[str, str], filled: Callable[[str], None] | None = None) -> None:
+        """``values`` as ``stage_parameters`` gives them. A tensor that several parameters share is read once. ``filled`` is
+        told the name of each parameter when it is there."""
         stored = self.source.tensors(self.model, {*values, *values.values()})
         values = {name: self._origin(name, origin, stored) for name, origin in values.items()}
         if missing := sorted(set(values.values()) - stored.keys()):
@@ -181,14 +206,21 @@ class _Filling:
                 hint="its weights are named in a way that is not read here, or it is no causal language model",
             )
         total, done = sum(stored[origin].nbytes for origin in set(values.values())), 0
-        loaded: dict[str, nn.Parameter | torch.Tensor] = {}
+        uses = Counter(values.values())
+        shared: dict[str, nn.Parameter | torch.Tensor] = {}
         for name, origin in values.items():
-            if origin not in loaded:
+            value = shared.get(origin)
+            if value is None:
                 self._tell(done, total)
-                loaded[origin] = self._read(origin, stored[origin])
+                value = self._read(origin, stored[origin])
                 done += stored[origin].nbytes
+                if uses[origin] > 1:
+                    shared[origin] = value
             place, _, last = name.rpartition(".")
-            setattr(self.model.get_submodule(place), last, loaded[origin])
+            setattr(self.model.get_submodule(place), last, value)
+            del value  # it may be packed and let go now
+            if filled is not None:
+                filled(name)
         self._tell(total, total)
 
     def _origin(self, name: str, origin: str, stored: Mapping[str, Stored]) -> str:

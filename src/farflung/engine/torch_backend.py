@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
-from farflung.core.errors import ProtocolViolation, SessionRefused
+from farflung.core.errors import ProtocolViolation, SessionRefused, UsageError
 from farflung.core.ids import ModelDigest, SessionId, short
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine.backend import SessionSpec, StageWork, StepReport
+from farflung.engine.blocked_linear import block_linears
 from farflung.engine.compute import Compute, ComputeThread, InlineCompute
+from farflung.engine.kernel_plan import Quantised, kernel_plan
 from farflung.engine.kv_pool import Extents, SessionCells
 from farflung.engine.kv_tensors import KvTensors
-from farflung.engine.linear import block_linears, pack_linears
-from farflung.engine.loader import StageModule, load_stage
+from farflung.engine.linear import swap_linears
+from farflung.engine.loader import Finish, StageModule, load_stage
 from farflung.engine.packed_step import OpenSession, PackedStep, context_tokens
 from farflung.engine.recipe import learn_recipe
+from farflung.engine.shared_inputs import shared_inputs
+from farflung.engine.skeleton import Config
 from farflung.engine.source import ModelSource, Progress
 from farflung.engine.tail import LogitsHook, Tail
 from farflung.sampling import SessionSampler, prepare
@@ -37,6 +43,9 @@ class BackendConfig:
         threads: OpenMP workers; None leaves torch's choice.
         inline: compute on the event loop instead of a thread (virtual clocks).
         pack: use pre-packed bf16 weights and fp32 weights in blocks where they are faster here.
+        quantised: round the weights of large linear maps to int8 or int4 while loading; the stage's dtype is bf16 then.
+        weight_bytes: what the linear maps may take; None: no bound. Where int4 weights leave room in it, they get an int8 copy,
+            with which windows of many tokens are several times faster.
         on_logits: told, in the compute thread, the session, some wanted slots (at most ``HEAD_ROWS``) and their fp32 logits
             [slots, vocab]; for exactness checks and audits.
     """
@@ -45,6 +54,8 @@ class BackendConfig:
     threads: int | None = None
     inline: bool = False
     pack: bool = True
+    quantised: Quantised | None = None
+    weight_bytes: int | None = None
     on_logits: LogitsHook | None = None
 
 
@@ -58,8 +69,31 @@ def load_backend(
     expected_digest: ModelDigest | None = None,
 ) -> TorchBackend:
     """Loads a layer range and makes it compute. Raises what ``load_stage`` raises."""
-    stage = load_stage(source, layers, dtype, progress=progress, expected_digest=expected_digest)
+    if config.quantised is not None and dtype != torch.bfloat16:
+        raise UsageError(f"{config.quantised} weights go with bf16 activations, not {dtype}")
+    finish = None
+    if dtype == torch.bfloat16 and (config.pack or config.quantised is not None):
+        _set_threads(config)  # kernels are measured with as many
+        finish = _finish(source.config(), layers, config)
+    stage = load_stage(source, layers, dtype, progress=progress, expected_digest=expected_digest, finish=finish)
     return TorchBackend(stage, source.spec(), config)
+
+
+def _finish(model: Config, layers: LayerRange, config: BackendConfig) -> Finish:
+    """Gives each layer and the head their kernels as they are loaded. Raises UnsupportedModel."""
+    found = shared_inputs(model, layers)
+    plan = kernel_plan(config.quantised, weights=found.weights, budget=config.weight_bytes)
+
+    def finish(module: nn.Module, layer: int | None) -> nn.Module:
+        groups = () if layer is None else found.groups[layer]
+        return swap_linears(module, plan, groups, is_head=layer is None)
+
+    return finish
+
+
+def _set_threads(config: BackendConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
 
 
 class TorchBackend:
@@ -72,9 +106,8 @@ class TorchBackend:
         self._range = stage.layer_range
         self._dtype = stage.dtype
         self._is_last = stage.is_last
-        self._set_threads()
+        _set_threads(config)
         if config.pack:
-            pack_linears(stage.model)
             block_linears(stage.model)
         self._recipe = learn_recipe(stage)
         if self._is_last:
@@ -86,7 +119,8 @@ class TorchBackend:
         self._sessions: dict[SessionId, OpenSession] = {}
         self._running: frozenset[SessionId] = frozenset()
         self._closed_while_running: list[OpenSession] = []
-        self._compute: Compute = InlineCompute() if config.inline else ComputeThread("farflung-compute", self._set_threads)
+        setup = partial(_set_threads, config)
+        self._compute: Compute = InlineCompute() if config.inline else ComputeThread("farflung-compute", setup)
 
     @property
     def spec(self) -> ModelSpec:
@@ -98,7 +132,7 @@ class TorchBackend:
 
     @property
     def engine_class(self) -> str:
-        return {torch.float32: "torch-fp32", torch.bfloat16: "torch-bf16"}[self._dtype]
+        return f"torch-{self._config.quantised or {torch.float32: 'fp32', torch.bfloat16: 'bf16'}[self._dtype]}"
 
     @property
     def kv_tokens(self) -> int:
@@ -153,10 +187,6 @@ class TorchBackend:
 
     async def aclose(self) -> None:
         await self._compute.aclose()
-
-    def _set_threads(self) -> None:
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
 
     def _step(self, work: Sequence[StageWork], sessions: Sequence[OpenSession | None]) -> StepReport:
         """In the compute thread."""
