@@ -10,7 +10,8 @@ from farflung.core.errors import UsageError
 from farflung.lab.bench.case import Case, connections
 from farflung.lab.bench.decode import decode_row
 from farflung.lab.bench.member import Measured
-from farflung.lab.bench.report import decode_plot, decode_table
+from farflung.lab.bench.prefill import prefill_row
+from farflung.lab.bench.report import decode_plot, decode_table, prefill_plot, prefill_table
 from farflung.lab.net.profiles import named_connection
 
 
@@ -25,7 +26,7 @@ def measured(ms: float, stage_ms: tuple[float, ...] = (13.0, 13.0), same: bool |
         stage_ms=list(stage_ms),
         token_ids=[1] * 21,
         same_tokens=same,
-        route=[0, 40],
+        curves=[[(1, 13.0), (64, 30.0)], [(1, 13.0), (64, 30.0)]],
         reconnects=0,
     )
 
@@ -95,3 +96,16 @@ def test_the_table_and_the_picture_show_every_row() -> None:
     assert len(drawing.findall("{http://www.w3.org/2000/svg}rect")) == 3
     words = [element.text for element in drawing.findall("{http://www.w3.org/2000/svg}text")]
     assert {"fiber", "cable", "+lossy", "a <title> & more", "14.3"} <= set(words)
+
+
+def test_a_prefill_row_stands_beside_the_floor_and_the_cold_request() -> None:
+    wanted = case(backend="replay", prompt_tokens=512)
+    ring = wanted.ring(8192, [wanted.replay_curve()] * 2)
+    row = prefill_row(wanted, ring, 64, measured(0, same=True), [measured(0, same=True)] * 3)
+    assert {"net", "prompt_tokens", "ttft_s", "floor_s", "floor_ratio", "driver_up_bytes", "cold_ttft_s"} <= set(row)
+    floor_s = float(str(row["floor_s"]))
+    assert floor_s >= 512 * 8192 * 1.0195 / 2.5e6  # an uplink of 20 Mbps has to carry the rows once
+    assert row["floor_ratio"] == pytest.approx(0.5 / floor_s, rel=1e-3)
+    assert float(str(row["planned_s"])) >= floor_s
+    assert f"| cable | 512 | 64 | 0.50 (0.50-0.50) | {floor_s:.2f} |" in prefill_table([row])
+    assert "seconds to the first token" in prefill_plot([row], "prefill")

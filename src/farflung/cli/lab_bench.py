@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-SUITES = ("decode",)
+SUITES = {"decode": 64, "prefill": 512}
+"""And the length of their prompts where nothing else is asked for."""
 
 
 @app.command(
@@ -31,7 +32,7 @@ SUITES = ("decode",)
 )
 def bench(
     *,
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="decode: time between tokens of one session.")],
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="decode: time between tokens; prefill: to the first one.")],
     net: Annotated[
         str,
         typer.Option("--net", metavar="PROFILE,...", help="Networks; without it fiber, cable, 5g and intercontinental."),
@@ -47,7 +48,7 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="Of real stages.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of each real stage.")] = 1,
     codec: Annotated[str, typer.Option("--codec", help="Between stages.")] = "int8",
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Before decoding.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=0, help="0: 64 for decode, 512 for prefill.")] = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Decoded in each repeat, after a warm-up.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Medians are reported, with the least and the most.")] = 3,
     traces: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Recorded paths for replay.")] = None,
@@ -65,7 +66,7 @@ def bench(
         from farflung.lab.bench.case import REPLAY_MODEL, Case, connections
 
         if suite not in SUITES:
-            raise UsageError(f"there is no suite {suite[:40]!r}", hint=f"there is {', '.join(SUITES)}")
+            raise UsageError(f"there is no suite {suite[:40]!r}", hint=f"there are {', '.join(SUITES)}")
         if rung != "emulate":
             raise UsageError(f"--rung {rung[:40]!r} is not run here", hint="the virtual clock has 'farflung lab simulate'")
         by_hand = {
@@ -85,7 +86,7 @@ def bench(
                 dtype=dtype,
                 threads=threads,
                 codec=codec,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=prompt_tokens or SUITES[suite],
                 tokens=tokens,
                 repeats=repeat,
                 seed=seed,
@@ -94,33 +95,35 @@ def bench(
             )
             for name, connection in connections(net, by_hand)
         ]
-        rows = asyncio.run(_run(output, cases))
+        rows = asyncio.run(_run(output, suite, cases))
         output.json({"suite": suite, "rows": rows})
         _write(output, suite, cases[0], rows, out)
 
 
-async def _run(out: Output, cases: list[Case]) -> list[dict[str, Any]]:
+async def _run(out: Output, suite: str, cases: list[Case]) -> list[dict[str, Any]]:
     from farflung.lab.bench.decode import decode
+    from farflung.lab.bench.prefill import prefill
 
+    measure = prefill if suite == "prefill" else decode
     rows = []
     async with cancelled_by_sigterm():
         for case in cases:
-            rows.append(await decode(case, lambda what, case=case: out.note(f"{case.net}: {what} ...")))  # type: ignore[misc]
+            rows.append(await measure(case, lambda what, case=case: out.note(f"{case.net}: {what} ...")))  # type: ignore[misc]
     return rows
 
 
 def _write(out: Output, suite: str, case: Case, rows: list[dict[str, Any]], folder: Path | None) -> None:
-    from farflung.lab.bench.report import decode_plot, decode_table
+    from farflung.lab.bench.report import decode_plot, decode_table, prefill_plot, prefill_table
 
-    table = decode_table(rows)
+    table = prefill_table(rows) if suite == "prefill" else decode_table(rows)
     out.write(table)
     if folder is None:
         return
-    title = f"{case.model}, {case.stages} stages, {case.backend}: plain decode"
+    title = f"{case.model}, {case.stages} stages, {case.backend}: {suite}"
     files = {
         "json": json_format.dumps({"suite": suite, "rows": rows}, indent=1) + "\n",
         "md": table,
-        "svg": decode_plot(rows, title),
+        "svg": (prefill_plot if suite == "prefill" else decode_plot)(rows, title),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

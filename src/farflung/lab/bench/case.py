@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from farflung.core.errors import UsageError
 from farflung.lab.access import Access, profile
 from farflung.lab.net.profiles import PROFILES, Connection, named_connection
 from farflung.lab.net.topology import LabNode, Topology
+from farflung.lab.plan import plan_ring
+from farflung.planning.cost import Curve, Ring
 
 DIRECTORY, DRIVER = "directory", "driver"
 
@@ -81,6 +84,22 @@ class Case:
         """Driver and stages on the network in question; the directory, through which no token passes, close to all."""
         members = [LabNode(name, self.net, self.connection) for name in (DRIVER, *self.stage_names)]
         return Topology((LabNode(DIRECTORY, "lan", PROFILES["lan"]), *members), seed=self.seed)
+
+    def about(self) -> dict[str, object]:
+        """What every row says of its case."""
+        return {
+            **(self.by_hand or {"net": self.net}),
+            "backend": self.backend,
+            "model": self.model,
+            "stages": self.stages,
+            "rung": "emulate",
+            "codec": self.codec,
+        }
+
+    def ring(self, hidden_size: int, curves: Sequence[Curve]) -> Ring:
+        """The route as the planner sees it, its stages having those T-curves."""
+        stages = [(self.access, curve) for curve in curves]
+        return plan_ring(self.access, stages, codec_name=self.codec, hidden_size=hidden_size)
 
     def replay_curve(self) -> tuple[tuple[int, float], ...]:
         """T-curve of one of the stages."""

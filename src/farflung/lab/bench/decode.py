@@ -12,8 +12,7 @@ from statistics import median, quantiles
 
 from farflung.lab.bench.case import Case
 from farflung.lab.bench.member import Measured, Request
-from farflung.lab.bench.swarm import lab_swarm
-from farflung.lab.plan import plan_ring
+from farflung.lab.bench.swarm import LabSwarm, lab_swarm
 from farflung.planning.cost import decode_cost
 
 Row = dict[str, object]
@@ -23,12 +22,17 @@ SETTLE_S = 4.0
 """After the warm-up: links have told each other their rates (as in ``lab.simulate``)."""
 
 
+async def warm_up(case: Case, swarm: LabSwarm) -> None:
+    """So that windows have opened and rates are known."""
+    await swarm.generate(Request(case.prompt_tokens, WARM_UP_TOKENS, seed=0, codec=case.codec))
+    await asyncio.sleep(SETTLE_S)
+
+
 async def decode(case: Case, progress: Callable[[str], object] = lambda _: None) -> Row:
     """One row. Raises LabUnavailable, LabError, DeadlineExceeded."""
     async with lab_swarm(case, progress) as swarm:
         progress("warming up")
-        await swarm.generate(Request(case.prompt_tokens, WARM_UP_TOKENS, seed=0, codec=case.codec))
-        await asyncio.sleep(SETTLE_S)
+        await warm_up(case, swarm)
         runs = []
         for repeat in range(case.repeats):
             progress(f"decoding, {repeat + 1} of {case.repeats}")
@@ -46,12 +50,7 @@ def decode_row(case: Case, hidden_size: int, runs: Sequence[Measured]) -> Row:
     ratios = [found / floor for found, floor in zip(medians_ms, floors_ms, strict=True)]
     between = median(run.between_stages for run in runs)
     row: Row = {
-        **(case.by_hand or {"net": case.net}),
-        "backend": case.backend,
-        "model": case.model,
-        "stages": case.stages,
-        "rung": "emulate",
-        "codec": case.codec,
+        **case.about(),
         "tokens_per_s": round(median(rates), 3),
         "inter_token_ms": {
             "p50": round(median(medians_ms), 3),
@@ -80,5 +79,4 @@ def decode_row(case: Case, hidden_size: int, runs: Sequence[Measured]) -> Row:
 def floor_ms(case: Case, hidden_size: int, run: Measured) -> float:
     """The least that one token can take on that ring."""
     curves = [case.replay_curve()] * case.stages if case.backend == "replay" else [((1, ms),) for ms in run.stage_ms]
-    ring = plan_ring(case.access, [(case.access, curve) for curve in curves], codec_name=case.codec, hidden_size=hidden_size)
-    return 1e3 * decode_cost(ring).floor_s
+    return 1e3 * decode_cost(case.ring(hidden_size, curves)).floor_s

@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -31,6 +31,7 @@ from farflung.node.service import Node, NodeConfig, NodePorts
 from farflung.session.options import GenerateOptions
 from farflung.session.swarm import DriverPorts, Swarm
 from farflung.swarm.http_client import HttpDirectory, HttpDirectoryConfig
+from farflung.swarm.records import NodeRecord, Query
 from farflung.transport.hello import HELLO
 from farflung.transport.link import LinkConfig
 from farflung.transport.tcp import TcpTransport
@@ -89,7 +90,7 @@ class Measured(msgspec.Struct, frozen=True):
     Attributes:
         stage_ms: of each stage, the median of its decode steps as it timed them itself.
         same_tokens: they were the ones that the path has (of a replay; else None).
-        route: the first layer of each stage.
+        curves: T-curve of each stage, as it announced it.
     """
 
     ttft_s: float
@@ -101,7 +102,7 @@ class Measured(msgspec.Struct, frozen=True):
     stage_ms: list[float]
     token_ids: list[int]
     same_tokens: bool | None
-    route: list[int]
+    curves: list[list[tuple[int, float]]]
     reconnects: int
 
 
@@ -136,18 +137,18 @@ async def serve_replay(stage: ReplayStage) -> None:
 
 
 async def drive(driver: BenchDriver) -> None:
-    async with _swarm(driver) as swarm:
+    async with _swarm(driver) as swarm, _directory(driver.directory) as directory:
         tokens = driver.shape.tokens() if driver.shape is not None else None
         _say({"event": "ready", "hidden_size": swarm.spec.hidden_size, "layers": swarm.spec.layers})
         async for line in _lines():
             request = msgspec.json.decode(line, type=Request)
             try:
-                _say(msgspec.to_builtins(await _generate(swarm, request, tokens)))
+                _say(msgspec.to_builtins(await _generate(swarm, directory, request, tokens)))
             except FarflungError as error:
                 _say({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
 
 
-async def _generate(swarm: Swarm, request: Request, tokens: PathTokens | None) -> Measured:
+async def _generate(swarm: Swarm, directory: HttpDirectory, request: Request, tokens: PathTokens | None) -> Measured:
     draw = Random(request.seed)  # noqa: S311 - a prompt
     prompt = [draw.randrange(min(swarm.spec.vocab_size, 30_000)) for _ in range(request.prompt_tokens)]
     options = GenerateOptions(
@@ -160,6 +161,8 @@ async def _generate(swarm: Swarm, request: Request, tokens: PathTokens | None) -
     stats, hops = generation.stats, generation.stats.route.hops if generation.stats.route is not None else ()
     timelines = [line for line in stats.timelines if len(line) == len(hops) and all(s.step_rows == 1 for s in line)]
     stage_ms = [median(line[index].step_ms for line in timelines) for index in range(len(hops))] if timelines else []
+    curve_of = {record.node_id: record.t_curve_ms for record in await _records(directory, swarm.spec)}
+    curves = [list(curve_of.get(hop.node_id, ())) for hop in hops]
     size = stats.bytes_per_token()
     return Measured(
         ttft_s=stats.ttft_s or 0.0,
@@ -171,7 +174,7 @@ async def _generate(swarm: Swarm, request: Request, tokens: PathTokens | None) -
         stage_ms=stage_ms or [stage.decode_ms for stage in stats.stages],
         token_ids=list(stats.token_ids),
         same_tokens=None if tokens is None else list(stats.token_ids) == tokens.continuation(prompt, request.max_tokens),
-        route=[hop.layers.start for hop in hops],
+        curves=curves,
         reconnects=stats.reconnects,
     )
 
@@ -193,6 +196,10 @@ async def _swarm(driver: BenchDriver) -> AsyncGenerator[Swarm, None]:
         )
         async with Swarm(driver.shape.spec(), None, ports, directory_url=driver.directory) as swarm:
             yield swarm
+
+
+async def _records(directory: HttpDirectory, spec: ModelSpec) -> Sequence[NodeRecord]:
+    return await directory.records(Query(model=spec.digest))
 
 
 @asynccontextmanager

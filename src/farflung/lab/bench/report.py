@@ -39,12 +39,45 @@ def decode_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def prefill_table(rows: Sequence[Row]) -> str:
+    """The suite ``prefill`` in Markdown."""
+    lines = [
+        "| net | prompt | chunk | first token s | floor s | x floor | cold s | driver up bytes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = (
+            name_of(row),
+            f"{row['prompt_tokens']}",
+            f"{row['chunk_tokens']}",
+            f"{row['ttft_s']:.2f} ({row['ttft_s_min']:.2f}-{row['ttft_s_max']:.2f})",
+            f"{row['floor_s']:.2f}",
+            f"{row['floor_ratio']:.3f}",
+            f"{row['cold_ttft_s']:.2f}",
+            f"{row['driver_up_bytes']}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def decode_plot(rows: Sequence[Row], title: str) -> str:
-    """Tokens per second by network as SVG: bars, and a line across each where its floor would be."""
+    """Tokens per second by network as SVG, and what the floor would allow."""
     reached = [float(row["tokens_per_s"]) for row in rows]
     limits = [1e3 / float(row["floor_ms"]) if row["floor_ms"] else rate for row, rate in zip(rows, reached, strict=True)]
+    return bars([name_of(row) for row in rows], reached, limits, (title, "tokens/s (bars); what the floor allows (red)"))
+
+
+def prefill_plot(rows: Sequence[Row], title: str) -> str:
+    """Seconds to the first token by network as SVG, and the floor."""
+    reached = [float(row["ttft_s"]) for row in rows]
+    limits = [float(row["floor_s"]) for row in rows]
+    return bars([name_of(row) for row in rows], reached, limits, (title, "seconds to the first token (bars); the floor (red)"))
+
+
+def bars(names: Sequence[str], reached: Sequence[float], limits: Sequence[float], titles: tuple[str, str]) -> str:
+    """A bar for each name, with a line across it where its limit is."""
     most, step = _scale(max([*reached, *limits]))
-    width = max(LEFT + RIGHT + len(rows) * (BAR + GAP), 420)
+    width = max(LEFT + RIGHT + len(names) * (BAR + GAP), 420)
     total = TOP + HEIGHT + BOTTOM
 
     def y(rate: float) -> float:
@@ -54,14 +87,14 @@ def decode_plot(rows: Sequence[Row], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}" '
         f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}">',
         f'<rect width="{width}" height="{total}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
-        f'<text x="{LEFT}" y="44">tokens/s measured (bars) and what delay, serialisation and compute allow (red)</text>',
+        f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{escape(titles[0])}</text>',
+        f'<text x="{LEFT}" y="44">{escape(titles[1])}</text>',
     ]
     for tick in range(round(most / step) + 1):
         at = y(tick * step)
         parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="{FAINT}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick * step:g}</text>')
-    for index, (row, rate, limit) in enumerate(zip(rows, reached, limits, strict=True)):
+    for index, (name, rate, limit) in enumerate(zip(names, reached, limits, strict=True)):
         x = LEFT + GAP / 2 + index * (BAR + GAP)
         middle = x + BAR / 2
         parts.append(f'<rect x="{x:.1f}" y="{y(rate):.1f}" width="{BAR}" height="{HEIGHT * rate / most:.1f}" fill="{FILL}"/>')
@@ -70,9 +103,9 @@ def decode_plot(rows: Sequence[Row], title: str) -> str:
             f'<line x1="{x - 6:.1f}" x2="{x + BAR + 6:.1f}" y1="{at:.1f}" y2="{at:.1f}" stroke="{FLOOR}" stroke-width="2"/>'
         )
         above = min(y(rate), at) - 6
-        parts.append(f'<text x="{middle:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{rate:.1f}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{rate:.3g}</text>')
         under = TOP + HEIGHT
-        for line, word in enumerate(name_of(row).replace("+", " +").split()):
+        for line, word in enumerate(name.replace("+", " +").split()):
             parts.append(f'<text x="{middle:.1f}" y="{under + 18 + 14 * line}" text-anchor="middle">{escape(word)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 

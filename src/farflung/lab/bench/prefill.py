@@ -1,0 +1,65 @@
+"""The suite ``prefill``: time to the first token of a long prompt, beside the floor of a pipelined prefill on warm links.
+
+The planner chooses the chunk from the T-curves that the stages announce. The first request of all, over cold links, is reported
+beside: ``cold_ttft_s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from farflung.core.errors import LabError
+from farflung.lab.bench.case import Case
+from farflung.lab.bench.decode import Row, warm_up
+from farflung.lab.bench.member import Measured, Request
+from farflung.lab.bench.swarm import lab_swarm
+from farflung.planning.cost import Ring, choose_chunk, prefill_cost
+
+
+async def prefill(case: Case, progress: Callable[[str], object] = lambda _: None) -> Row:
+    """One row. Raises LabUnavailable, LabError, DeadlineExceeded."""
+    async with lab_swarm(case, progress) as swarm:
+        progress("the first request, over cold links")
+        cold = await swarm.generate(Request(case.prompt_tokens, 1, seed=0, codec=case.codec))
+        ring = case.ring(swarm.hidden_size, _curves(case, cold))
+        chunk = choose_chunk(ring, case.prompt_tokens)
+        progress("warming up")
+        await warm_up(case, swarm)
+        runs = []
+        for repeat in range(case.repeats):
+            progress(f"a prompt of {case.prompt_tokens} tokens, {repeat + 1} of {case.repeats}")
+            request = Request(case.prompt_tokens, 1, seed=case.seed + repeat, codec=case.codec, chunk_tokens=chunk)
+            runs.append(await swarm.generate(request))
+        return prefill_row(case, ring, chunk, cold, runs)
+
+
+def prefill_row(case: Case, ring: Ring, chunk: int, cold: Measured, runs: Sequence[Measured]) -> Row:
+    """The row of some runs: medians over them, with the least and the most."""
+    cost = prefill_cost(ring, case.prompt_tokens, chunk)
+    times = [run.ttft_s for run in runs]
+    row: Row = {
+        **case.about(),
+        "prompt_tokens": case.prompt_tokens,
+        "chunk_tokens": chunk,
+        "ttft_s": round(median(times), 4),
+        "ttft_s_min": round(min(times), 4),
+        "ttft_s_max": round(max(times), 4),
+        "floor_s": round(cost.floor_s, 4),
+        "floor_ratio": round(median(times) / cost.floor_s, 4),
+        "planned_s": round(cost.expected_s, 4),
+        "cold_ttft_s": round(cold.ttft_s, 4),
+        "driver_up_bytes": round(median(run.bytes_sent for run in runs)),
+        "repeats": len(runs),
+    }
+    if cold.same_tokens is not None:
+        row["same_tokens"] = all(run.same_tokens for run in (cold, *runs))
+    return row
+
+
+def _curves(case: Case, run: Measured) -> list[Sequence[tuple[int, float]]]:
+    if case.backend == "replay":
+        return [case.replay_curve()] * case.stages
+    if not all(run.curves):
+        raise LabError("a stage announces no T-curve, and without it there is no floor")
+    return list(run.curves)
