@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from farflung.cli.app import run
 from farflung.core.errors import UsageError
 from farflung.lab.bench.case import Case, connections
 from farflung.lab.bench.decode import decode_row
@@ -109,3 +110,21 @@ def test_a_prefill_row_stands_beside_the_floor_and_the_cold_request() -> None:
     assert float(str(row["planned_s"])) >= floor_s
     assert f"| cable | 512 | 64 | 0.50 (0.50-0.50) | {floor_s:.2f} |" in prefill_table([row])
     assert "seconds to the first token" in prefill_plot([row], "prefill")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dream"], "no suite 'dream'"),
+        (["decode", "--rung", "plan"], "'plan' is not run here"),
+        (["decode", "--net", "fibre"], "no network profile 'fibre'"),
+        (["decode", "--net", "fiber", "--rtt-ms", "3"], "exclude each other"),
+        (["decode", "--backend", "dream"], "'dream' is unknown"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run_is_refused_before_anything_starts(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FARFLUNG_DEFAULTS", "off")
+    assert run(["lab", "bench", *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 Row = dict[str, Any]
 
-BAR, GAP, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 44, 46, 64, 24, 64, 70, 260
+BAR, GAP, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 44, 62, 64, 24, 64, 70, 260
 INK, FAINT, FILL, FLOOR = "#1f2937", "#e5e7eb", "#2563eb", "#dc2626"
 
 
@@ -117,5 +117,5 @@ def _scale(most: float) -> tuple[float, float]:
         power *= 10
     while power > most > 0:
         power /= 10
-    step = next(factor * power / 5 for factor in (1, 2, 2.5, 5, 10) if factor * power >= most)
+    step = next(factor * power / 5 for factor in (1, 1.5, 2, 2.5, 5, 10) if factor * power >= most)
     return step * 5, step
