@@ -4,9 +4,10 @@
 
 Real node processes (bf16, one compute thread each, int8 rows) over loopback TLS. Each attack is a process of its own, on a core
 of its own where there are several, from another address (127.0.0.2) than the honest driver; it goes at all nodes at once, as
-fast as it can unless it says otherwise. What it costs the machine by itself is not the nodes' fault, so a turn has three parts, a
-session each: alone, beside a process that only burns the attacker's core, and under attack. Ratios compare the last two (medians
-over the turns). ``node_cpu`` is what a node spent on the stranger, in seconds per second. Target: a p95 ratio of 1.25 at most.
+fast as it can unless it says otherwise. What it costs the machine by itself is not the nodes' fault, so a turn has three parts,
+a session each: alone, beside a process that only burns the attacker's core, and under attack. Ratios compare the last two
+(medians over the turns). ``node_cpu`` is what a node spent on the stranger, in seconds per second. Target: p95 rises by at most
+a quarter.
 """
 
 from __future__ import annotations
@@ -273,8 +274,6 @@ def compared(turns: list[Parts]) -> dict[str, Any]:
         "p50_ms": of_gaps(statistics.median),
         "p95_ms": of_gaps(p95),
         "p50_ratio": ratio(statistics.median),
-            lambda parts: statistics.median(parts.attacked.gaps_ms) / statistics.median(parts.beside.gaps_ms)
-        ),
         "p95_ratio": ratio(p95),
         "node_cpu": over_turns(lambda parts: (parts.attacked.cpu_s - parts.beside.cpu_s) / parts.attacked.took_s),
     }
