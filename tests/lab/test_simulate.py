@@ -9,7 +9,8 @@ import pytest
 
 from farflung.core.errors import ConfigError
 from farflung.engine.replay_tokens import read_traces
-from farflung.lab.access import PROFILES
+from farflung.lab.access import profile
+from farflung.lab.net.profiles import PROFILES
 from farflung.lab.plan import plan_ring
 from farflung.lab.rows import rows_of
 from farflung.lab.scenario import Drivers, Fault, Load, Model, Net, Nodes, Scenario, read_scenario
@@ -34,7 +35,7 @@ def scenario(net: str, *load: Load, replicas: int = 1, **more: object) -> Scenar
 @pytest.mark.parametrize("net", PROFILES)
 def test_plan_and_simulation_agree_within_five_percent_on_decode_and_on_prefill(net: str) -> None:
     """Where delays wander by 14 ms each way a mean needs many windows; elsewhere all are alike."""
-    access = PROFILES[net]
+    access = profile(net)
     curve = ((1, 13.2), (4096, 832.2))
     ring = plan_ring(access, [(access, curve)] * 4, codec_name="int8", hidden_size=8192)
     decode, prefill = (120, 16) if access.jitter_ms else (20, 2)
@@ -184,3 +185,20 @@ def test_what_is_wrong_with_a_scenario_is_said_with_file_and_key(
     with pytest.raises(ConfigError, match=named) as caught:
         read_scenario(path)
     assert str(path) in str(caught.value)
+
+
+SCENARIOS = Path(__file__).parents[2] / "docs" / "scenarios"
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_scenario_of_the_docs_can_be_read(path: Path) -> None:
+    assert read_scenario(path).load
+
+
+@pytest.mark.slow
+def test_a_thousand_nodes_and_a_hundred_sessions_give_every_token() -> None:
+    done = simulate(read_scenario(SCENARIOS / "thousand-nodes.toml"))
+    runs = done.runs["chat"]
+    assert sum(len(run.stats.token_ids) for run in runs) == 100 * 100
+    assert all(run.same_tokens and not run.error for run in runs)
+    assert len({run.stats.route for run in runs}) > 50

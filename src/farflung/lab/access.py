@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from farflung.core.errors import UsageError
+from farflung.lab.net.profiles import named_connection
 from farflung.transport.memory import LinkShape
 
 _PAYLOAD_SHARE = 1448 / 1500
@@ -25,7 +25,8 @@ class Access:
         up_mbps, down_mbps: of IP bytes; 0: unlimited.
         rtt_ms: round trip between two members with this access.
         jitter_ms: standard deviation of that round trip.
-        loss_pct: of packets, in each direction.
+        jitter_memory_ms: how long delays stay alike.
+        loss_pct: of packets, in each direction between two such members.
         reached_share: the part of the rate that a warm stream really reaches.
     """
 
@@ -33,6 +34,7 @@ class Access:
     down_mbps: float = 0.0
     rtt_ms: float = 0.0
     jitter_ms: float = 0.0
+    jitter_memory_ms: float = 20.0
     loss_pct: float = 0.0
     reached_share: float = 1.0
 
@@ -46,33 +48,33 @@ class Access:
         return self.down_mbps * _MBPS * _PAYLOAD_SHARE * self.reached_share or None
 
 
-PROFILES = {
-    "infiniband": Access(),
-    "lan": Access(up_mbps=1000, down_mbps=1000, rtt_ms=0.5),
-    "fiber": Access(up_mbps=100, down_mbps=1000, rtt_ms=10),
-    "cable": Access(up_mbps=20, down_mbps=200, rtt_ms=20),
-    "5g": Access(up_mbps=20, down_mbps=100, rtt_ms=30),
-    # At 100 ms with jitter a warm stream on cubic gets half of 100 Mbps.
-    "intercontinental": Access(up_mbps=100, down_mbps=1000, rtt_ms=100, jitter_ms=20, reached_share=0.5),
-}
+REACHED_SHARES = {"intercontinental": 0.5}
+"""At 100 ms with jitter a warm stream on cubic gets half of 100 Mbps (m); on the other profiles all of it."""
 
 
 def profile(name: str) -> Access:
-    """Raises UsageError where there is none of that name."""
-    found = PROFILES.get(name)
-    if found is None:
-        raise UsageError(f"there is no network profile {name[:40]!r}", hint=f"known: {', '.join(PROFILES)}")
-    return found
+    """The access of an emulated profile, ``fiber`` or ``cable+jittery``. Raises UsageError where there is none of that name."""
+    found = named_connection(name)
+    return Access(
+        up_mbps=found.up_mbps,
+        down_mbps=found.down_mbps,
+        rtt_ms=found.rtt_ms,
+        jitter_ms=found.total_jitter_ms,
+        jitter_memory_ms=found.jitter_correlation_ms,
+        loss_pct=found.loss_pct,
+        reached_share=REACHED_SHARES.get(name.partition("+")[0], 1.0),
+    )
 
 
 def path_shape(sender: Access, receiver: Access) -> LinkShape:
     """Of the path from one member to another, without the sender's uplink, which its paths share."""
     # Of the variance of a round trip each end has a half, and of that each direction a half.
     variance = (sender.jitter_ms**2 + receiver.jitter_ms**2) / 4
-    loss = 1 - (1 - sender.loss_pct / 100) * (1 - receiver.loss_pct / 100)
+    loss = (sender.loss_pct + receiver.loss_pct) / 200
     return LinkShape(
         delay_s=(sender.rtt_ms + receiver.rtt_ms) / 4e3,
         jitter_std_s=math.sqrt(variance) / 1e3,
+        jitter_memory_s=max(sender.jitter_memory_ms, receiver.jitter_memory_ms) / 1e3,
         rate_bytes_per_s=receiver.down_bytes_per_s,
         loss=loss,
     )

@@ -66,6 +66,7 @@ class Net(_Part, frozen=True, kw_only=True):
     down_mbps: float | UnsetType = UNSET
     rtt_ms: float | UnsetType = UNSET
     jitter_ms: float | UnsetType = UNSET
+    jitter_memory_ms: float | UnsetType = UNSET
     loss_pct: float | UnsetType = UNSET
     reached_share: float | UnsetType = UNSET
 

@@ -17,6 +17,8 @@ from farflung.core.errors import UsageError
 
 T = TypeVar("T")
 
+_TURNS_PER_LOOK = 64
+
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """``time()`` starts at 0 s and moves only when every task waits. Raises UsageError where nothing can ever happen again."""
@@ -43,10 +45,13 @@ class _JumpingSelector(selectors.SelectSelector):
     def __init__(self, jump: Callable[[float | None], None]) -> None:
         super().__init__()
         self._jump = jump
+        self._turns = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # Real events can only come from the loop's own wake-up socket: signals, and Ctrl-C through asyncio.Runner.
-        ready = super().select(0)
+        # Real events can only come from the loop's own wake-up socket: signals, and Ctrl-C through asyncio.Runner. They can
+        # wait for a few turns of the loop, each of which would pay for a system call.
+        self._turns += 1
+        ready = super().select(0) if timeout is None or self._turns % _TURNS_PER_LOOK == 0 else []
         if not ready and timeout != 0:
             self._jump(timeout)
         return ready

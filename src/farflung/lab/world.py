@@ -5,15 +5,15 @@ session ids and jitter come from the seed, so that two runs on a virtual clock a
 
     async with World(WorldConfig(seed=7)) as world:
         for number, layers in enumerate(ranges):
-            await world.add_node(f"n{number}", make_backend(layers), NodeConfig(t_curve_ms=curve), PROFILES["fiber"])
-        swarm = await world.add_driver("alice", spec, PROFILES["cable"])
+            await world.add_node(f"n{number}", make_backend(layers), NodeConfig(t_curve_ms=curve), profile("fiber"))
+        swarm = await world.add_driver("alice", spec, profile("cable"))
         text = await swarm.generate(prompt).text()
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -31,8 +31,10 @@ from farflung.identity.keys import Identity
 from farflung.lab.access import Access, path_shape
 from farflung.node.service import Node, NodeConfig, NodePorts
 from farflung.session.swarm import DriverPorts, Swarm
-from farflung.swarm.directory import Directory
+from farflung.swarm.directory import Change, Directory
+from farflung.swarm.links import MeasuredLink, SignedLinks
 from farflung.swarm.memory_directory import MemoryDirectory
+from farflung.swarm.records import EVERYTHING, NodeRecord, Query, SignedRecord, SignedWithdrawal
 from farflung.swarm.service import DirectoryService, ServiceConfig
 from farflung.transport.link import Link, LinkConfig, Listener, Transport
 from farflung.transport.memory import LinkShape, MemoryNetwork
@@ -59,7 +61,8 @@ class WorldConfig:
 
 
 class World:
-    """Use it as an async context manager. At its end drivers leave and nodes drain, in the order of their coming.
+    """Use it as an async context manager. At its end drivers leave and nodes drain; the directory does not hear of that any
+    more, because then every node would be told of every other's leaving.
 
     Attributes:
         network: to break.
@@ -80,7 +83,7 @@ class World:
         self.nodes: dict[str, Node] = {}
         self.backends: dict[str, StageBackend] = {}
         self.swarms: dict[str, Swarm] = {}
-        self._mortals: dict[str, tuple[_MortalTransport, MemoryDirectory]] = {}
+        self._mortals: dict[str, tuple[_MortalTransport, _MemberDirectory]] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,6 +91,8 @@ class World:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for _, directory in self._mortals.values():
+            directory.deaf = True
         try:
             await self._drivers.aclose()
         finally:
@@ -107,6 +112,12 @@ class World:
         if found is None:
             raise UsageError(f"nobody here is called {name!r}", hint=f"known: {', '.join([*self._ids][:8])}, ...")
         return found
+
+    async def add_nodes(self, members: Sequence[tuple[str, StageBackend, NodeConfig, Access]]) -> None:
+        """Many nodes that start at once, which spares each the news of all others one by one. As ``add_node``."""
+        async with asyncio.TaskGroup() as group:
+            for member in members:
+                group.create_task(self.add_node(*member))
 
     async def add_node(self, name: str, backend: StageBackend, config: NodeConfig, access: Access) -> Node:
         """One more node, announced when this returns. Raises as ``Node.start``."""
@@ -142,7 +153,7 @@ class World:
         self.network.crash(self.node_id(name))
         transport, directory = self._mortals[name]
         transport.dead = True
-        directory.reachable = False
+        directory.reached.reachable = False
 
     def _member(self, name: str, access: Access) -> tuple[Identity, Transport]:
         if name in self._ids:
@@ -150,7 +161,8 @@ class World:
         identity = Identity(Ed25519PrivateKey.from_private_bytes(self._digest(f"key {name}")))
         self._ids[name], self._access[identity.node_id] = identity.node_id, access
         transport = _MortalTransport(self.network.endpoint(identity.node_id, uplink_bytes_per_s=access.up_bytes_per_s))
-        self._mortals[name] = transport, MemoryDirectory(self.service, self.random(f"directory of {name}"))
+        reached = MemoryDirectory(self.service, self.random(f"directory of {name}"))
+        self._mortals[name] = transport, _MemberDirectory(reached)
         return identity, self._config.wrap_transport(transport)
 
     def _directory(self, name: str) -> Directory:
@@ -187,3 +199,35 @@ class _MortalTransport:
 
     async def close(self) -> None:
         await self._inner.close()
+
+
+class _MemberDirectory:
+    """See ``Directory``. Once ``deaf`` it takes no more announcements, and says so to nobody."""
+
+    def __init__(self, reached: MemoryDirectory) -> None:
+        self.reached = reached
+        self.deaf = False
+
+    async def announce(self, signed: SignedRecord) -> None:
+        if not self.deaf:
+            await self.reached.announce(signed)
+
+    async def withdraw(self, signed: SignedWithdrawal) -> None:
+        if not self.deaf:
+            await self.reached.withdraw(signed)
+
+    async def records(self, query: Query = EVERYTHING) -> list[NodeRecord]:
+        return await self.reached.records(query)
+
+    def watch(self, query: Query = EVERYTHING) -> AsyncGenerator[Change, None]:
+        return self.reached.watch(query)
+
+    async def report_links(self, signed: SignedLinks) -> None:
+        if not self.deaf:
+            await self.reached.report_links(signed)
+
+    async def links(self) -> list[MeasuredLink]:
+        return await self.reached.links()
+
+    async def aclose(self) -> None:
+        await self.reached.aclose()
