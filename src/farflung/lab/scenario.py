@@ -233,6 +233,7 @@ class Scenario(_Part, frozen=True, kw_only=True):
         timeout_s: of virtual time: what runs then has failed.
         warm: links that sessions will use are dialled before time 0 (by one short session of each driver); else the first
             sessions find cold ones.
+        heartbeat_s: of every link, which is dead after five of them; most frames of a large swarm are heartbeats.
         traces: a folder of recorded generations (``engine.replay_tokens``), beside the scenario's file or absolute.
     """
 
@@ -245,9 +246,12 @@ class Scenario(_Part, frozen=True, kw_only=True):
     seed: int = 1
     timeout_s: float = 3600.0
     warm: bool = True
+    heartbeat_s: float = 0.5
     traces: str = ""
 
     def __post_init__(self) -> None:
+        if min(self.heartbeat_s, self.timeout_s) <= 0:
+            raise ValueError("heartbeat_s and timeout_s are above 0")
         count = sum(len(group.ranges(self.model.layers)) for group in self.nodes) + sum(group.count for group in self.drivers)
         if count > MAX_MEMBERS:
             raise ValueError(f"{count} nodes and drivers are more than {MAX_MEMBERS}")
@@ -266,7 +270,7 @@ def read_scenario(path: Path) -> Scenario:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}", hint="name a scenario's TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{path}: {error}", hint="`farflung lab simulate --help` shows a scenario") from error
+        raise ConfigError(f"{path}: {error}", hint="docs/scenarios has some to start from") from error
     except FarflungError as error:  # of values that are checked by what they stand for
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error
     if not scenario.traces:

@@ -31,6 +31,7 @@ from farflung.session.swarm import Swarm
 from farflung.swarm.directory import Change, Directory, NodeGone, NodeSeen, Snapshot
 from farflung.swarm.links import MeasuredLink, SignedLinks
 from farflung.swarm.records import EVERYTHING, NodeRecord, Query, SignedRecord, SignedWithdrawal
+from farflung.transport.link import LinkConfig
 
 WARM_UP_TOKENS = 64
 SETTLE_S = 4.0
@@ -113,7 +114,8 @@ async def play(scenario: Scenario) -> Simulated:
     def view(name: str, directory: Directory) -> Directory:
         return _Sample(directory, sees[name], Random(f"{scenario.seed} {name}")) if sees.get(name) else directory  # noqa: S311
 
-    async with World(WorldConfig(seed=scenario.seed, wrap_directory=view)) as world:
+    link = LinkConfig(heartbeat_s=scenario.heartbeat_s, dead_after_s=5 * scenario.heartbeat_s)
+    async with World(WorldConfig(seed=scenario.seed, link=link, wrap_directory=view)) as world:
         await _populate(world, scenario, spec, tokens)
         player = _Player(world, scenario, tokens, traces, done)
         if scenario.warm:
