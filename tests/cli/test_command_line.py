@@ -74,7 +74,7 @@ def test_version_says_the_version(farflung: Farflung) -> None:
         (["generate", "-d", "http://127.0.0.1:1", "-m", "x", "--codec", "zip", "hi"], "--codec"),
         (["generate", "-d", "http://127.0.0.1:1", "-m", "x", "--speculate", "draft", "hi"], "--speculate draft"),
         (["generate", "-d", "http://127.0.0.1:1", "-m", "x", "--temperature", "-1", "hi"], "--temperature"),
-        (["node", "-d", "http://127.0.0.1:1", "-m", "x", "--dtype", "int4"], "--dtype int4 is not built yet"),
+        (["node", "-d", "http://127.0.0.1:1", "-m", "x", "--dtype", "int3"], "--dtype 'int3' is unknown"),
         (["node", "-d", "http://127.0.0.1:1", "-m", "x", "--listen", "here"], "here"),
         (["status", "-d", "not a url"], "not a url"),
         (["directory", "--listen", "1"], "'1'"),

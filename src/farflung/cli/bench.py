@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farflung.cli.choices import check_dtype, torch_dtype
+from farflung.cli.choices import check_dtype, quantised, torch_dtype
 from farflung.cli.node import prepare_environment
 from farflung.cli.options import Debug, Json, Model, examples
 from farflung.cli.output import command
@@ -30,7 +30,7 @@ def stage(
     *,
     model: Model,
     layers: Annotated[str, typer.Option("--layers", metavar="A:B", help="Layers A to B-1; all of them without it.")] = "",
-    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights: auto, fp32 or bf16.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights: auto, fp32, bf16, int8 or int4.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=0, help="Compute threads; 0 takes one per core.")] = 0,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Computed before decoding.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Decoded in each repeat.")] = 32,
@@ -53,6 +53,7 @@ def stage(
         config = StageBenchConfig(
             layers=LayerRange.parse(layers) if layers else None,
             dtype=torch_dtype(dtype),
+            quantised=quantised(dtype),
             threads=threads or None,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

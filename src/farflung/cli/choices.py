@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from farflung.core.errors import UsageError
 from farflung.core.model import LayerRange
@@ -12,12 +12,13 @@ CODECS = ("fp32", "bf16", "int8", "int4")
 """Those of ``wire.codec``, the coarsest last."""
 
 
+DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
+
+
 def check_dtype(dtype: str) -> None:
-    """Raises UsageError for a precision that does not exist (yet)."""
-    if dtype in ("int8", "int4"):
-        raise UsageError(f"--dtype {dtype} is not built yet", hint="use --dtype bf16, the smallest there is now")
-    if dtype not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--dtype {dtype!r} is unknown", hint="use auto, fp32 or bf16")
+    """Raises UsageError for a precision that does not exist."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is unknown", hint=f"use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
 class Part(NamedTuple):
@@ -70,9 +71,17 @@ def check_speculation(wanted: str) -> None:
 
 
 def torch_dtype(name: str) -> Any:
-    """The torch dtype of a checked name; ``auto`` is bf16 where this processor multiplies it natively, else fp32."""
+    """The torch dtype of a checked name, of activations and of weights that are not quantised; ``auto`` is bf16 where this
+    processor multiplies it natively, else fp32."""
     import torch
 
     if name == "auto":
         name = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return torch.float32 if name == "fp32" else torch.bfloat16
+
+
+def quantised(name: str) -> Literal["int8", "int4"] | None:
+    """What a checked name rounds weights to while loading; None: nothing."""
+    if name == "int8":
+        return "int8"
+    return "int4" if name == "int4" else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farflung.cli.admission import Allow, OpenToAnyone, SwarmKeyOption, read_admission
-from farflung.cli.choices import Part, check_dtype, offered_codecs, parse_codecs, parse_layers, torch_dtype
+from farflung.cli.choices import Part, check_dtype, offered_codecs, parse_codecs, parse_layers, quantised, torch_dtype
 from farflung.cli.directory import directory_at
 from farflung.cli.options import DEFAULT_DIRECTORY, Debug, Directory, ExitWithStdin, Json, Model, State, examples
 from farflung.cli.output import Output, command
@@ -55,7 +55,7 @@ def node(
         list[str] | None,
         typer.Option("--advertise", metavar="HOST:PORT", help="Address to announce where --listen is not it; repeatable."),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights: auto, fp32 or bf16.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights: auto, fp32, bf16, int8 or int4.")] = "auto",
     codec: Annotated[
         str,
         typer.Option(
@@ -192,7 +192,8 @@ async def _choose_layers(options: NodeOptions, source: ModelSource, spec: ModelS
     served = await _served(options, spec)
     wanted = options.layers
     if wanted is None:
-        return choose_layers(served, spec.layers, layers_that_fit(source, torch_dtype(options.dtype).itemsize))
+        fit = layers_that_fit(source, torch_dtype(options.dtype).itemsize, quantised(options.dtype))
+        return choose_layers(served, spec.layers, fit)
     if isinstance(wanted, Part):
         return wanted.layers(spec.layers)
     if wanted.stop > spec.layers:
@@ -228,11 +229,16 @@ def _load_what_is_needed(out: Output, options: NodeOptions, source: ModelSource,
 
 
 def _load(out: Output, options: NodeOptions, source: ModelSource, spec: ModelSpec, layers: LayerRange) -> TorchBackend:
-    from farflung.cli.sizes import kv_tokens_that_fit
+    from farflung.cli.sizes import kv_tokens_that_fit, weights_room
     from farflung.engine.torch_backend import BackendConfig, load_backend
 
     dtype = torch_dtype(options.dtype)
     kv_tokens = options.kv_tokens or kv_tokens_that_fit(source, layers, dtype.itemsize)
-    config = BackendConfig(kv_tokens=kv_tokens, threads=options.threads or None)
+    config = BackendConfig(
+        kv_tokens=kv_tokens,
+        threads=options.threads or None,
+        quantised=quantised(options.dtype),
+        weight_bytes=weights_room(),
+    )
     with out.progress(f"layers {layers} of {spec.name}") as progress:
         return load_backend(source, layers, dtype, config, progress=progress, expected_digest=spec.digest)

@@ -10,6 +10,7 @@ from farflung.core.units import Bytes
 
 if TYPE_CHECKING:
     from farflung.engine.inspect import Sizes
+    from farflung.engine.kernel_plan import Quantised
     from farflung.engine.source import ModelSource
 
 MEMORY_SHARE_WEIGHTS = 0.6
@@ -33,18 +34,36 @@ def sizes_of(source: ModelSource) -> Sizes:
     return found.sizes
 
 
-def layers_that_fit(source: ModelSource, weight_bytes: int) -> int:
-    """How many layers fit the free memory, embedding and head counted in."""
+def layers_that_fit(source: ModelSource, value_bytes: int, quantised: Quantised | None = None) -> int:
+    """How many layers fit the free memory, embedding and head counted in.
+
+    Args:
+        value_bytes: of a weight that is not quantised.
+        quantised: what linear maps are rounded to; the head is int8 then in any case.
+    """
+    from farflung.engine.kernel_plan import INT8_BYTES
+    from farflung.engine.quantise import INT4_BYTES
+
     sizes = sizes_of(source)
-    room = _free_memory() * MEMORY_SHARE_WEIGHTS - (sizes.embedding + sizes.head) * weight_bytes
-    fit = int(room // (max(sizes.layers) * weight_bytes))
+    linear_bytes = {None: float(value_bytes), "int8": INT8_BYTES, "int4": INT4_BYTES}[quantised]
+    layer = max(
+        count * value_bytes - linear * (value_bytes - linear_bytes)
+        for count, linear in zip(sizes.layers, sizes.linear, strict=True)
+    )
+    ends = sizes.embedding * value_bytes + sizes.head * (value_bytes if quantised is None else INT8_BYTES)
+    fit = int((weights_room() - ends) // layer)
     if fit < 1:
         raise UsageError(
             f"not one layer of {source.name} fits: {Bytes(int(_free_memory()))} are free, embedding and head take "
-            f"{Bytes((sizes.embedding + sizes.head) * weight_bytes)}",
-            hint="close programs, choose --dtype bf16, or name the layers with --layers",
+            f"{Bytes(int(ends))}",
+            hint="close programs, choose --dtype int4, or name the layers with --layers",
         )
     return fit
+
+
+def weights_room() -> int:
+    """Bytes of the free memory that weights may take."""
+    return int(_free_memory() * MEMORY_SHARE_WEIGHTS)
 
 
 def kv_tokens_that_fit(source: ModelSource, layers: LayerRange, value_bytes: int) -> int:

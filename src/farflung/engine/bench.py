@@ -24,6 +24,7 @@ from farflung.core.model import LayerRange
 from farflung.core.sampling import SamplingOptions
 from farflung.core.window import Commit, SlotRun, SlotSpan
 from farflung.engine.backend import SessionSpec, StageWork
+from farflung.engine.kernel_plan import Quantised
 from farflung.engine.loader import StageModule, load_stage
 from farflung.engine.source import ModelSource, Progress
 from farflung.engine.t_curve import measure_t_curve
@@ -41,6 +42,7 @@ class StageBenchConfig:
     Attributes:
         layers: the stage; None is the whole model.
         dtype: of the weights, on both sides.
+        quantised: what ours are rounded to.
         threads: OpenMP workers, on both sides; None leaves torch's choice.
         prompt_tokens: computed before decoding, in one chunk.
         new_tokens: decoded in each repeat.
@@ -50,6 +52,7 @@ class StageBenchConfig:
 
     layers: LayerRange | None = None
     dtype: torch.dtype = torch.bfloat16
+    quantised: Quantised | None = None
     threads: int | None = None
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -84,7 +87,7 @@ def bench_stage(source: ModelSource, config: StageBenchConfig, *, progress: Prog
         source,
         layers,
         config.dtype,
-        BackendConfig(kv_tokens=max(lease, 256), threads=config.threads),
+        BackendConfig(kv_tokens=max(lease, 256), threads=config.threads, quantised=config.quantised),
         progress=progress,
     )
     stage = load_stage(source, layers, config.dtype, attention=None, progress=progress)

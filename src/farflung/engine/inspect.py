@@ -13,6 +13,7 @@ from typing import Any
 
 from farflung.core.errors import UnsupportedModel
 from farflung.core.model import LayerRange
+from farflung.engine.kernel_plan import is_narrowed
 from farflung.engine.kv_tensors import KvShape
 from farflung.engine.loader import hollow_stage
 from farflung.engine.recipe import learn_calls
@@ -25,12 +26,14 @@ class Sizes:
 
     Attributes:
         layers: parameters of each decoder layer.
+        linear: of these, weights that a node can round to int8 or int4.
         embedding: parameters of the embedding.
         head: parameters of final norm and head; a head tied to the embedding counts there only.
         kv: keys and values that one token leaves in each layer.
     """
 
     layers: tuple[int, ...]
+    linear: tuple[int, ...]
     embedding: int
     head: int
     kv: tuple[int, ...]
@@ -118,9 +121,13 @@ def _sizes(model: Skeleton, parts: Anatomy, kv: tuple[int, ...]) -> Sizes:
     def count(place: str) -> int:
         return sum(parameter.numel() for parameter in model.get_submodule(place).parameters())
 
+    def narrowed(place: str) -> int:
+        return sum(module.weight.numel() for module in model.get_submodule(place).modules() if is_narrowed(module))
+
     tied = f"{parts.head}.weight" in model.all_tied_weights_keys
     return Sizes(
         layers=tuple(count(f"{parts.layers}.{index}") for index in range(len(kv))),
+        linear=tuple(narrowed(f"{parts.layers}.{index}") for index in range(len(kv))),
         embedding=count(parts.embed),
         head=count(parts.norm) + (0 if tied else count(parts.head)),
         kv=kv,

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import nn
 
 from farflung.engine.kernels import Int4, Int8, Int8Maker, Int8Weights, Kernel, Packed, Plain, int4_of, int8_of
 from farflung.engine.quantise import GROUP, INT4_BYTES, quantise_int4, quantise_int8
@@ -71,6 +72,11 @@ class KernelPlan:
                 return int4_of(weight, bias, many, self.int4_rows or 0)
             return int8_of(weight, bias, self.int8)
         return Packed(weight, bias) if self.packed else Plain(weight, bias)
+
+
+def is_narrowed(module: nn.Module) -> bool:
+    """Whether a plan with ``quantised`` would narrow the module's weight."""
+    return type(module) is nn.Linear and module.weight.numel() >= SMALL and module.out_features >= NARROW
 
 
 def kernel_plan(quantised: Quantised | None, *, weights: int = 0, budget: int | None = None) -> KernelPlan:
