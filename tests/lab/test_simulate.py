@@ -164,7 +164,8 @@ def test_a_scenario_is_read_from_a_file(tmp_path: Path) -> None:
     ("change", "named"),
     [
         (("max_tokens", "max_token"), r"max_token.*load\[0\]"),
-        (('"cable"', '"kable"'), "kable"),
+        (('"cable"', '"kable"'), r"kable.*nodes\[0\]\.net"),
+        (("[[load]]", '[[load]]\ncodecs = ["int9"]'), r"int9.*load\[0\]"),
         (("layers = 4", 'layers = "4"'), r"\$\.model\.layers"),
         (("[[load]]", '[[load]]\ndrivers = "x"'), "'x'"),
         (("[[64", "[[0"), None),

@@ -44,10 +44,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import asdict as fields_of
 
-from farflung.core.errors import ConfigError, FarflungError
+from farflung.core.errors import ConfigError, FarflungError, UsageError
 from farflung.core.model import LayerRange
 from farflung.lab.access import Access, profile
-from farflung.wire.codec import codec
+from farflung.wire.codec import CODEC_NAMES
 
 MAX_MEMBERS = 100_000
 LAST_TOKENS = 4096
@@ -71,7 +71,10 @@ class Net(_Part, frozen=True, kw_only=True):
     reached_share: float | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        found = self.access
+        try:
+            found = self.access
+        except UsageError as error:  # msgspec names the key of a ValueError
+            raise ValueError(f"{error.message} ({error.hint})") from error
         if not (min(asdict(found).values()) >= 0 and found.loss_pct < 100 and 0 < found.reached_share <= 1):
             raise ValueError(f"{found} is no access: rates and times are at least 0, losses below 100, shares at most 1")
 
@@ -198,8 +201,8 @@ class Load(_Part, frozen=True, kw_only=True):
             raise ValueError("start_s and every_s are at least 0")
         if not self.codecs:
             raise ValueError("codecs names at least one")
-        for name in self.codecs:
-            codec(name)
+        if unknown := set(self.codecs).difference(CODEC_NAMES):
+            raise ValueError(f"there are no codecs {sorted(unknown)}, known are {', '.join(CODEC_NAMES)}")
 
 
 class Fault(_Part, frozen=True, kw_only=True):
