@@ -78,19 +78,19 @@ class LabProcess:
 
     async def finished(self, timeout_s: float) -> Finished:
         """Closes its stdin and waits for its end. Raises DeadlineExceeded, and has killed it then."""
-        out: list[str] = []
+        out = b""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
             async with asyncio.timeout(timeout_s):
-                while (line := await self.line(timeout_s)) is not None:
-                    out.append(line)
+                if self._process.stdout is not None:
+                    out = await self._process.stdout.read()
                 code = await self._process.wait()
         except TimeoutError:
             self.kill()
             raise DeadlineExceeded(f"{self.name} has not ended within {timeout_s:.0f} s{self._quoted()}") from None
         await self._reader
-        return Finished(code, "".join(out), self.stderr)
+        return Finished(code, out.decode(errors="replace"), self.stderr)
 
     async def end(self) -> None:
         """Closes its stdin and says SIGTERM; kills it where that does not help."""
