@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farflung.core.errors import ProtocolViolation
+from farflung.core.ids import NodeId
 from farflung.core.tree import Place, TokenTree
 from farflung.protocol.credit import (
     INITIAL_CREDIT_BYTES,
@@ -30,6 +31,9 @@ def test_whatever_the_sizes_every_window_gets_through_and_the_queue_stays_bounde
         receiver, returned = receiver.computed(queue.pop(0))
         if returned:
             sender = sender.refill(returned)
+
+
+A, B, C = (NodeId(digit * 64) for digit in "abc")
 
 
 def test_a_window_without_credit_is_a_violation() -> None:
@@ -71,11 +75,14 @@ def test_a_receiver_cannot_let_more_be_sent_than_the_grant() -> None:
 
 
 def test_slots_in_flight_are_bounded_by_the_least_grant() -> None:
-    slots = SlotCredit()
+    slots = SlotCredit(stages=3)
     assert slots.room(of(10), covered=4) == INITIAL_SLOTS - 6
-    slots = slots.grant(100).grant(20).grant(50)
+    slots = slots.grant(A, 100).grant(B, 80)
+    assert slots.granted == INITIAL_SLOTS, "the third may grant less"
+    slots = slots.grant(C, 20)
     assert slots.room(of(10), covered=4) == 14
     assert slots.room(of(60), covered=4) == 0
+    assert slots.grant(C, 50).granted == 50, "a stage that comes anew grants anew"
     many = TokenTree(next_slot=60, alive={slot: Place(slot - 1, slot) for slot in range(55, 60)})
     assert slots.room(many, covered=60) == slots.granted - 5, "answered slots hold KV until they are committed or dead"
 
@@ -83,7 +90,7 @@ def test_slots_in_flight_are_bounded_by_the_least_grant() -> None:
 @pytest.mark.parametrize("slots", [0, -1])
 def test_a_grant_that_lets_nothing_through_is_a_violation(slots: int) -> None:
     with pytest.raises(ProtocolViolation):
-        SlotCredit().grant(slots)
+        SlotCredit().grant(A, slots)
 
 
 def of(next_slot: int) -> TokenTree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from farflung.core.errors import PromptTooLong, ProtocolViolation, StageLost, UsageError
 from farflung.core.ids import ModelDigest, NodeId
@@ -10,7 +11,7 @@ from farflung.core.messages import Answer, Have, StageTime
 from farflung.core.model import ModelSpec
 from farflung.core.sampling import TokenLogprob
 from farflung.core.window import Commit, SlotRun, SlotSpan
-from farflung.protocol.credit import INITIAL_CREDIT_BYTES, INITIAL_SLOTS
+from farflung.protocol.credit import INITIAL_CREDIT_BYTES, INITIAL_SLOTS, SlotCredit
 from farflung.protocol.driver import (
     AnswerReceived,
     DriverEffect,
@@ -35,6 +36,9 @@ SPEC = ModelSpec(
     name="m", family="llama", digest=ModelDigest("0" * 64), layers=4, hidden_size=8, vocab_size=100, context_tokens=32
 )
 EOS = 9
+
+
+NODES = [NodeId(digit * 64) for digit in "abc"]
 
 
 def run(state: DriverState, *events: DriverEvent) -> tuple[DriverState, list[DriverEffect]]:
@@ -124,7 +128,7 @@ def test_after_the_end_nothing_has_an_effect() -> None:
         Failed(StageLost("gone")),
         AnswerReceived(Answer((), (), 0)),
         CreditReceived(1),
-        GrantReceived(1),
+        GrantReceived(NODES[0], 1),
         HaveReceived(Have(7, 0, (), 0)),
         SuccessorLost(),
     ]
@@ -146,8 +150,12 @@ def test_some_windows_are_timed_and_their_timelines_come_out() -> None:
         timed.append(sent(effects)[0].window.timeline)
     assert timed == [(), None, (), None]
     timeline = (StageTime(1.0, 2.0, 3.0, 1),)
-    _, effects = run(state, AnswerReceived(Answer((), (), 0, timeline=timeline)))
-    assert effects == [Timed(timeline)]
+    unasked = replace(answer(state, 4).answer, timeline=timeline)
+    _, effects = run(state, AnswerReceived(unasked))
+    assert Timed(timeline) not in effects
+    state, _ = run(state, answer(state, 4))
+    _, effects = run(state, AnswerReceived(replace(answer(state, 5).answer, timeline=timeline)))
+    assert Timed(timeline) in effects
 
 
 @pytest.mark.parametrize(
@@ -178,21 +186,24 @@ def test_an_answer_without_slots_is_a_mere_acknowledgement() -> None:
 def test_the_least_of_the_stages_grants_bounds_what_is_in_flight() -> None:
     state, _ = begun()
     assert state.slots.granted == INITIAL_SLOTS
-    state, _ = run(state, GrantReceived(1024), GrantReceived(100), GrantReceived(1024))
+    state = replace(state, slots=SlotCredit(stages=3))
+    state, _ = run(state, GrantReceived(NODES[0], 1024), GrantReceived(NODES[1], 100), GrantReceived(NODES[0], 1024))
+    assert state.slots.granted == INITIAL_SLOTS, "the third may grant less"
+    state, _ = run(state, GrantReceived(NODES[2], 1024))
     assert state.slots.granted == 100
     with pytest.raises(ProtocolViolation):
-        run(state, GrantReceived(0))
+        run(state, GrantReceived(NODES[0], 0))
 
 
 def test_the_tail_is_told_every_token_once_it_listens_and_again_when_it_comes_anew() -> None:
     plan = GenerationPlan(prompt=(10, 11, 12), max_tokens=5, vocab_size=100, tells_ids=True)
-    state, effects = run(DriverState(plan=plan), SuccessorUp(begins=True), GrantReceived(64))
+    state, effects = run(DriverState(plan=plan), SuccessorUp(begins=True), GrantReceived(NODES[0], 64))
     assert not [effect for effect in effects if isinstance(effect, TellIds)]
-    state, effects = run(state, GrantReceived(64, is_tail=True))
+    state, effects = run(state, GrantReceived(NODES[2], 64, is_tail=True))
     assert effects == [TellIds((SlotSpan(0, 3),), (10, 11, 12))]
     state, effects = run(state, answer(state, 42))
     assert TellIds((SlotSpan(3, 1),), (42,)) in effects
-    state, effects = run(state, GrantReceived(64, is_tail=True))
+    state, effects = run(state, GrantReceived(NODES[2], 64, is_tail=True))
     assert effects == [TellIds((SlotSpan(0, 4),), (10, 11, 12, 42))]
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from protocol_lines import STAGES, VOCABULARY, Shape
 from protocol_world import World
 
+from farflung.core.ids import NodeId
 from farflung.core.messages import Window
 from farflung.core.tree import TokenTree
 from farflung.core.window import Commit, SlotRun, spans_of
@@ -68,6 +69,7 @@ class Player:
 
     def __init__(self, shape: Shape) -> None:
         self.world = World(shape)
+        self.slots = SlotCredit().grant(NodeId("0" * 64), shape.grant)
 
     def play(self, action: Action) -> None:
         kind, a, b = action
@@ -105,7 +107,7 @@ class Player:
     def room(self) -> int:
         """Slots that may go out."""
         driver = self.world.driver
-        return SlotCredit(self.world.shape.grant, 1).room(driver.tree, driver.covered)
+        return self.slots.room(driver.tree, driver.covered)
 
     def grow(self, count: int, random: Random) -> None:
         """Some slots anywhere in the tree; perhaps a commit, which may name them and kill some."""

@@ -30,8 +30,9 @@ from farflung.protocol.events import (
     TellHave,
     WindowReceived,
 )
-from farflung.protocol.limits import MAX_ALIVE_SLOTS, MAX_EARLY_WINDOWS, MAX_WINDOW_ROWS
+from farflung.protocol.limits import MAX_ALIVE_SLOTS, MAX_DEAD_SLOTS, MAX_EARLY_WINDOWS, MAX_WINDOW_ROWS
 from farflung.protocol.outgoing import OutEdge
+from farflung.protocol.receiving import check_ids
 from farflung.protocol.stage import advance
 from farflung.protocol.stage_state import StageState
 
@@ -433,9 +434,44 @@ def test_tokens_that_are_told_ahead_are_bounded() -> None:
         run(state, IdsReceived((12,), (7,)))
 
 
-def test_tokens_that_nobody_looks_at_are_a_violation() -> None:
+def test_tokens_that_nobody_looks_at_or_too_many_are_a_violation() -> None:
     with pytest.raises(ProtocolViolation):
-        run(tail(), IdsReceived((0,), (70,)))
+        check_ids(tail(), 1)
+    wanting = tail(needs_ids=True)
+    check_ids(wanting, wanting.lease_tokens)
+    with pytest.raises(ProtocolViolation):
+        check_ids(wanting, wanting.lease_tokens + wanting.max_slots + 1)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(1, (), (), Commit(0, (SlotSpan(0, 2000),)), 5),
+        Window(1, (), (), None, 2**40),
+        Window(1, (), (), None, -1),
+        Window(1, (), (), None, 5, (StageTime(0, 0, 0, 0),) * 9),
+    ],
+    ids=[
+        "a commit of more than can be alive",
+        "slots beyond all numbers",
+        "fewer than none",
+        "times of more stages than passed",
+    ],
+)
+def test_what_a_window_says_of_itself_is_bounded(window: Window) -> None:
+    with pytest.raises(ProtocolViolation):
+        advance(tail(lease_tokens=4096), WindowReceived(window, b""))
+
+
+def test_dead_slots_are_remembered_up_to_a_bound() -> None:
+    """A run under a slot below the root is dead when it comes, and takes no lease."""
+    state, _ = run(tail(lease_tokens=4096), path(0, 2, -1, 0))
+    floods = [
+        WindowReceived(Window(1, (SlotRun(first, 500, -1),), (), None, first + 500), bytes(500 * ROW))
+        for first in range(10, 10 + 500 * (2 + MAX_DEAD_SLOTS // 500), 500)
+    ]
+    with pytest.raises(ProtocolViolation, match="dead"):
+        run(state, *floods)
 
 
 # -- what breaks a rule --------------------------------------------------------------------------------------------------

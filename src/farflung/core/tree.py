@@ -18,6 +18,9 @@ from msgspec.structs import replace
 from farflung.core.errors import ProtocolViolation
 from farflung.core.window import NO_SLOT, Commit, SlotRun, SlotSpan, spans_of
 
+MAX_OVERLAP = 4096
+"""A commit may repeat that much of what is committed: nobody needs more, and comparing costs time."""
+
 
 class Place(NamedTuple):
     """Where an alive slot hangs."""
@@ -71,6 +74,9 @@ class TokenTree(Struct, frozen=True):
 
         Raises ProtocolViolation where a slot is known already or a parent was never announced.
         """
+        runs = tuple(runs)
+        if not runs:
+            return self, frozenset()
         alive = dict(self.alive)
         dead: set[int] = set()
         next_slot = self.next_slot
@@ -102,6 +108,8 @@ class TokenTree(Struct, frozen=True):
             raise ProtocolViolation(
                 f"a commit starts at position {commit.start}, but only {self.committed_tokens} tokens are committed"
             )
+        if commit.start < self.committed_tokens - MAX_OVERLAP:
+            raise ProtocolViolation(f"a commit starts at position {commit.start}, long before {self.committed_tokens}")
         slots = list(commit.slots())
         overlap = min(len(slots), self.committed_tokens - commit.start)
         if overlap and spans_of(slots[:overlap]) != self.committed_between(commit.start, commit.start + overlap):
@@ -142,13 +150,15 @@ class TokenTree(Struct, frozen=True):
     def committed_between(self, start: int, stop: int) -> tuple[SlotSpan, ...]:
         """Slots of the committed positions ``start`` to ``stop``, in order."""
         found: list[SlotSpan] = []
-        position = 0
-        for span in self.committed:
+        position = self.committed_tokens
+        for span in reversed(self.committed):  # what is asked for lies near the end: the path is long, a commit short
+            if position <= start:
+                break
+            position -= span.count
             low, high = max(start, position), min(stop, position + span.count)
             if low < high:
                 found.append(SlotSpan(span.first + low - position, high - low))
-            position += span.count
-        return tuple(found)
+        return tuple(reversed(found))
 
 
 def _first(span: SlotSpan) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from farflung.core.errors import ProtocolViolation
 from farflung.core.ids import SessionId
+from farflung.core.messages import MAX_DECODE_ROWS
 from farflung.engine.backend import StageBackend
 from farflung.node.scheduling import Pace, Waiting, choose_batch
 from farflung.node.stage_session import StageSession
@@ -84,5 +85,10 @@ class Decoding:
 
 def _waiting(session: StageSession, pending: PendingWindow) -> Waiting:
     window = pending.window
-    is_whole = window.is_decode or not window.rows or not pending.is_splittable
-    return Waiting(session.id, window.rows, is_whole, session.opening.text.batch)
+    return Waiting(
+        session.id,
+        window.rows,
+        is_decode=window.rows <= MAX_DECODE_ROWS and (window.is_decode or not pending.is_splittable),
+        is_batch=session.opening.text.batch,
+        is_whole=not pending.is_splittable,
+    )

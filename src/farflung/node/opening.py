@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from farflung.core.ids import NodeId
+from farflung.core.ids import NodeId, SessionId
 from farflung.core.messages import Open, OpenText
 from farflung.core.route import Hop
+
+
+def key_of(session: SessionId, owner: NodeId) -> SessionId:
+    """What a node calls a session: nobody takes another owner's name away, though every stage knows it."""
+    return SessionId(session + owner)
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,16 @@ class Waiting:
     Attributes:
         session: whose.
         rows: of the window.
-        is_decode: goes whole, and its session waits for it token by token; else it is a prompt chunk, and may be cut.
+        is_decode: its session waits for it token by token.
         is_batch: its session can wait.
+        is_whole: it may not be cut; decode never is. A large piece of a token tree is such a one: whole, in a prompt's turn.
     """
 
     session: SessionId
     rows: int
     is_decode: bool
     is_batch: bool = False
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,14 @@ def _decodes(waiting: Sequence[Waiting], room: int) -> list[Chosen]:
 
 
 def _prefills(waiting: Sequence[Waiting], room: int, least_rows: int) -> list[Chosen]:
-    """Prompt chunks, cut to the room; ``least_rows`` of the oldest in any case."""
+    """Prompt chunks, cut to the room; ``least_rows`` of the oldest in any case, or all where it may not be cut."""
     chosen: list[Chosen] = []
     room = max(room, least_rows)
     for item in waiting:
-        if room > 0 and not item.is_decode:
-            chosen.append(Chosen(item.session, min(item.rows, room)))
-            room -= item.rows
+        if item.is_decode or room <= 0 or (item.is_whole and item.rows > room and chosen):
+            continue
+        chosen.append(Chosen(item.session, item.rows if item.is_whole else min(item.rows, room)))
+        room -= item.rows
     return chosen
 
 

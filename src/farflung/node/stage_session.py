@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from farflung.core.errors import FarflungError, ProtocolViolation
+from farflung.core.errors import FarflungError, LeaseExceeded, ProtocolViolation, WireError
 from farflung.core.ids import NodeId, SessionId
 from farflung.core.messages import Close, Credit, Evicted, Fault, Grant, Ids, Message, Open, Renew, StageTime, Window
 from farflung.engine.backend import StageResult, StageWork
 from farflung.node.faults import fault_of, no_place
 from farflung.node.meter import Meter
-from farflung.node.opening import Opening
+from farflung.node.opening import Opening, key_of
 from farflung.node.ports import SessionHost
 from farflung.node.row_log import RowLog
 from farflung.node.successor import Successor, say_goodbye
@@ -42,6 +42,7 @@ from farflung.protocol.events import (
     WindowReceived,
 )
 from farflung.protocol.outgoing import OutEdge
+from farflung.protocol.receiving import check_ids
 from farflung.protocol.stage import advance
 from farflung.protocol.stage_state import ID_BYTES, StageState
 from farflung.protocol.windows import slots_of
@@ -97,11 +98,13 @@ class StageSession:
             lease_tokens=text.lease_tokens,
             max_slots=self.host.max_slots,
             out=out,
+            place=self.opening.index,
         )
 
     @property
     def id(self) -> SessionId:
-        return self.opening.text.session
+        """Names it at this node."""
+        return key_of(self.opening.text.session, self.opening.text.owner)
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,8 @@ class StageSession:
                     self.end(None)
             else:
                 raise no_place(message, line)
+        except (ProtocolViolation, WireError, LeaseExceeded) as error:
+            self.end(error, at_fault=line.peer)
         except FarflungError as error:
             self.end(error)
 
@@ -266,10 +271,10 @@ class StageSession:
         self.over = True
         self.host.ended(self, fault)
         say_goodbye(self.successor)
-        if fault is None:
-            try_send(self.owner, self.meter.report)
-        else:
-            try_send(self.owner or self.predecessor, fault)
+        if self.owner is not None:
+            try_send(self.owner, self.meter.report if fault is None else fault)
+        if self.predecessor is not self.owner:  # it must not go on sending, and relays a fault where the owner has no line
+            try_send(self.predecessor, Close("the session ended") if fault is None or self.owner is not None else fault)
         self._let_go(self.predecessor)
         self._let_go(self.owner)
         if self.log is not None:
@@ -289,6 +294,7 @@ class StageSession:
 
     def _receive_ids(self, message: Ids, frame: Frame) -> None:
         ids, count = _only_buffer(frame), sum(span.count for span in message.slots)
+        check_ids(self.state, count)
         if len(ids) != count * ID_BYTES:
             raise ProtocolViolation(f"the tokens of {count} slots came with {len(ids)} bytes")
         self._check_ids(ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from msgspec.structs import replace
 
-from farflung.core.errors import FarflungError, ProtocolViolation, StageLost
+from farflung.core.errors import FarflungError, LogEvicted, ProtocolViolation, StageLost
 from farflung.core.ids import NodeId, SessionId, short
 from farflung.core.messages import Close, Credit, Fault, Have, Message, Trouble
 from farflung.node.faults import fault_of, no_place
@@ -93,7 +95,8 @@ class Successor:
             case Credit():
                 self._session.feed(CreditReceived(message.bytes))
             case Have():
-                self._session.feed(HaveReceived(message))
+                with self._log_complete():
+                    self._session.feed(HaveReceived(message))
             case Fault():
                 hop = self._session.opening.text.route.hop_of(message.node_id)
                 self._ended(replace(message, node_id=line.peer if hop is None else hop.node_id))
@@ -117,8 +120,9 @@ class Successor:
         try:
             line = await dial_again(host.pool, self._session, self._missing, host.reconnect, host.random, patient=not first)
             if line is not None:
-                self._open(line)
-        except FarflungError as error:  # out of reach; or the link is gone again; or the log lacks rows
+                with self._log_complete():
+                    self._open(line)
+        except FarflungError as error:  # out of reach, or the link is gone again
             hop = self._session.opening.successor
             if self._session.over or hop is None or hop.node_id != peer:
                 return  # the owner has named another meanwhile
@@ -129,9 +133,15 @@ class Successor:
             if first:
                 self._session.end(lost, at_fault=peer)
                 return
-            self.let_go()
-            self._session.feed(SuccessorLost())
-            self._tell(fault_of(lost, peer))
+            self._give_up(fault_of(lost, peer))
+
+    @contextmanager
+    def _log_complete(self) -> Iterator[None]:
+        """Where this stage's log lacks rows that the next one needs, the owner is told: it may begin at an earlier log."""
+        try:
+            yield
+        except LogEvicted as error:
+            self._give_up(fault_of(error, self._session.host.node_id))
 
     def _open(self, line: Line) -> None:
         opening, epoch = self._session.opening, self._session.opening.epoch_out
@@ -149,11 +159,12 @@ class Successor:
         if not self._session.has_begun:
             self._session.end_with(fault)
             return
+        self._give_up(fault)
+
+    def _give_up(self, fault: Fault) -> None:
+        """Nothing more is tried until the owner says what is to be done."""
         self.let_go()
         self._session.feed(SuccessorLost())
-        self._tell(fault)
-
-    def _tell(self, fault: Fault) -> None:
         self.trouble = Trouble(fault.node_id, fault.code, fault.message, fault.hint)
         self._session.tell_owner(self.trouble)
 

@@ -22,7 +22,7 @@ from farflung.node.admission import Admission
 from farflung.node.doorkeeper import Doorkeeper
 from farflung.node.faults import fault_of
 from farflung.node.log_budget import LogBudget
-from farflung.node.opening import Opening
+from farflung.node.opening import Opening, key_of
 from farflung.node.quotas import Asked, Quotas, Usage, check_session
 from farflung.node.row_log import OnEvicted, RowLog
 from farflung.node.stage_session import StageSession
@@ -152,7 +152,7 @@ class SessionTable:
     @property
     def queue_rows(self) -> int:
         """Rows that are not computed yet, of all sessions."""
-        return sum(pending.window.rows for session in self._sessions.values() for pending in session.state.queue)
+        return sum(session.state.queue_rows for session in self._sessions.values())
 
     @property
     def waiting_owners(self) -> int:
@@ -189,7 +189,7 @@ class SessionTable:
         except FarflungError as error:
             try_send(line, fault_of(error, self.node_id))
             return
-        session = self._sessions.get(text.session)
+        session = self._sessions.get(key_of(text.session, text.owner))
         try:
             opening = self._doorkeeper.check(text, message)
             self._doorkeeper.check_bringer(opening, line.peer)
@@ -205,7 +205,7 @@ class SessionTable:
     def reopen(self, session: StageSession, message: Open) -> None:
         """The owner's newer opening for an open session, over its own line. Raises where it is not good."""
         text = self._doorkeeper.read(message)
-        if text.session != session.id:
+        if text.session != session.opening.text.session:
             raise ProtocolViolation(f"an opening of session {short(text.session)} came on a line of {short(session.id)}")
         known = session.opening
         if text.route.epoch <= known.text.route.epoch:
@@ -217,27 +217,49 @@ class SessionTable:
 
     def _begin(self, line: Line, opening: Opening) -> None:
         text, config = opening.text, self._config
+        key = key_of(text.session, text.owner)
         check_expiry(text, self._clock())
-        owner: Line | None = None
-        if (old := self._sessions.get(text.session)) is not None:  # a higher epoch: the owner wants it to begin anew
-            owner = old.release_owner()
-            old.end(None)
-        buried = self._tombstones.find(text.session)
-        if buried is not None and buried.epoch >= opening.hop.epoch:
-            raise ProtocolViolation(f"session {short(text.session)} was opened before")
         if self.draining:
             raise SessionRefused(f"node {short(self.node_id)} is about to stop", hint="choose another route")
+        owner: Line | None = None
+        if (old := self._sessions.get(key)) is not None:  # a higher epoch: the owner wants it to begin anew
+            owner = old.release_owner()
+            old.end(None)
+        buried = self._tombstones.find(key)
+        try:
+            if buried is not None and buried.epoch >= opening.hop.epoch:
+                raise ProtocolViolation(f"session {short(text.session)} was opened before")
+            codec_out = self._codec_out(opening)
+            self._lease(key, opening, codec_out)
+        except FarflungError as error:
+            try_send(owner, fault_of(error, self.node_id))
+            if owner is not None:
+                owner.release()
+            raise
+        session = self._sessions[key] = StageSession(self, opening, codec_out)
+        self._tombstones.raise_from(key)
+        self.empty.clear()
+        self._watch(session, config.owner_wait_s)
+        session.take_up(line, opening, asks_have=opening.message.asks_have)
+        owner = self._waiting_owners.take(text.session, text.owner) or owner
+        if owner is not None and not session.over:
+            session.attach(owner)
+        if opening.successor is not None and not session.over:
+            self.connect(session)
+
+    def _lease(self, key: SessionId, opening: Opening, codec_out: str) -> None:
+        """KV for the session. Raises SessionRefused where a quota or the pool says no."""
+        text = opening.text
         check_session(
-            config.quotas,
+            self._config.quotas,
             Asked(text.session, text.owner, text.lease_tokens),
             of_owner=self._usage(text.owner),
             of_all=self._usage(None),
             kv_tokens=self._backend.kv_tokens,
         )
-        codec_out = self._codec_out(opening)
         self._backend.open(
             SessionSpec(
-                session=text.session,
+                session=key,
                 lease_tokens=text.lease_tokens,
                 sampling=text.sampling,
                 codec=opening.message.codec or codec_out,
@@ -246,16 +268,6 @@ class SessionTable:
                 context_tokens=text.prompt_tokens + text.max_tokens,
             )
         )
-        session = self._sessions[text.session] = StageSession(self, opening, codec_out)
-        self._tombstones.raise_from(session.id)
-        self.empty.clear()
-        self._watch(session, config.owner_wait_s)
-        session.take_up(line, opening, asks_have=opening.message.asks_have)
-        owner = self._waiting_owners.take(session.id, text.owner) or owner
-        if owner is not None and not session.over:
-            session.attach(owner)
-        if opening.successor is not None and not session.over:
-            self.connect(session)
 
     def _codec_out(self, opening: Opening) -> str:
         """How this stage codes what it sends, for the whole session. Where the link to the next stage is not up yet, it is what
@@ -280,22 +292,24 @@ class SessionTable:
         return Usage(len(of), sum(session.opening.text.lease_tokens for session in of))
 
     def _refuse(self, line: Line, text: OpenText, fault: Fault) -> None:
-        """Tells whoever brought the opening, and the owner, whose own line may be here or still come."""
+        """Tells whoever brought the opening; and where that was the one to bring it, the owner, whose own line may be here or
+        still come."""
         try_send(line, fault)
-        if line.peer == text.owner or text.session in self._sessions:
+        key, index = key_of(text.session, text.owner), text.route.index_of(self.node_id)
+        before = None if index is None else text.route.predecessor(index)
+        if index is None or before is None or before.node_id != line.peer or key in self._sessions:
             return
         self._waiting_owners.refuse(text.session, text.owner, fault)
-        hop = text.route.hop_of(self.node_id)
-        if text.route.hop_of(line.peer) is not None and hop is not None:
-            self._tombstones.bury(text.session, hop.epoch, fault)
+        self._tombstones.bury(key, text.route.hops[index].epoch, fault)
 
     def _attach(self, line: Line, message: Attach) -> None:
         """The owner's own line, to a session that is open, or over, or still to come."""
-        session, buried = self._sessions.get(message.session), self._tombstones.find(message.session)
+        key = key_of(message.session, line.peer)
+        session, buried = self._sessions.get(key), self._tombstones.find(key)
         try:
             if session is not None:
-                if line.peer != session.opening.text.owner or session.opening.index == 0:
-                    raise ProtocolViolation(f"session {short(message.session)} is not to be attached to by {short(line.peer)}")
+                if session.opening.index == 0:
+                    raise ProtocolViolation(f"session {short(message.session)} is fed by its owner here, not attached to")
                 session.attach(line)
             elif buried is not None:
                 try_send(line, buried.fault or Close("the session is over"))

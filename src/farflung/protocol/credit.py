@@ -13,10 +13,14 @@ credit covers them, and their slots are committed by the window that brings them
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from farflung.core.errors import ProtocolViolation
+from farflung.core.ids import NodeId
 from farflung.core.tree import TokenTree
 
 INITIAL_CREDIT_BYTES = 1024**2
@@ -86,16 +90,23 @@ class ReceiverCredit(Struct, frozen=True):
 
 
 class SlotCredit(Struct, frozen=True):
-    """The driver's: ``granted`` slots may be in flight."""
+    """The driver's. ``grants``: what each stage has granted, of ``stages`` in all."""
 
-    granted: int = INITIAL_SLOTS
-    grants: int = 0
+    stages: int = 1
+    grants: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))
 
-    def grant(self, slots: int) -> SlotCredit:
-        """A stage's grant came. Raises ProtocolViolation for one that lets nothing through."""
+    @property
+    def granted(self) -> int:
+        """The least grant; until all stages have told theirs, no more than ``INITIAL_SLOTS``."""
+        least = min(self.grants.values(), default=INITIAL_SLOTS)
+        return least if len(self.grants) >= self.stages else min(INITIAL_SLOTS, least)
+
+    def grant(self, node_id: NodeId, slots: int) -> SlotCredit:
+        """A stage's grant came; a later one of the same stage takes the place of the first. Raises ProtocolViolation for one
+        that lets nothing through."""
         if slots < 1:
             raise ProtocolViolation(f"a grant of {slots} slots lets nothing through")
-        return SlotCredit(slots if not self.grants else min(self.granted, slots), self.grants + 1)
+        return SlotCredit(self.stages, MappingProxyType({**self.grants, node_id: slots}))
 
     def room(self, tree: TokenTree, covered: int) -> int:
         """Slots that may still be sent. Those on their way through the ring are bounded by the grant, and those that are not

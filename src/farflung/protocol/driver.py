@@ -89,6 +89,7 @@ class AnswerReceived:
 class GrantReceived:
     """From a stage, when this driver's line to it is up (again): so many slots may be in flight."""
 
+    node_id: NodeId
     slots: int
     is_tail: bool = False
 
@@ -167,6 +168,7 @@ class DriverState(Struct, frozen=True, kw_only=True):
         tail_listens: the session is open at the tail.
         generated: tokens emitted so far.
         waiting: the slot whose answer is wanted, None during prefill.
+        is_timed: its window was to be timed.
         finished: why it ended, or None.
     """
 
@@ -179,6 +181,7 @@ class DriverState(Struct, frozen=True, kw_only=True):
     tail_listens: bool = False
     generated: int = 0
     waiting: int | None = None
+    is_timed: bool = False
     finished: str | None = None
 
     @property
@@ -207,7 +210,7 @@ def advance(state: DriverState, event: DriverEvent) -> Transition:
 
 
 def _granted(state: DriverState, event: GrantReceived) -> Transition:
-    state = replace(state, slots=state.slots.grant(event.slots))
+    state = replace(state, slots=state.slots.grant(event.node_id, event.slots))
     if not (event.is_tail and state.plan.tells_ids):
         return state, ()
     # It may be another tail, or one that was restarted: it needs them all.
@@ -263,7 +266,9 @@ def _accept(state: DriverState, answer: Answer) -> Transition:
     if answer.next_slot > state.tree.next_slot or any(slot >= state.tree.next_slot for slot in slots):
         raise ProtocolViolation(f"the tail answered for slots from {state.tree.next_slot} on, which were never sent")
     state = replace(state, covered=max(state.covered, answer.next_slot))
-    timed: tuple[DriverEffect, ...] = () if answer.timeline is None else (Timed(answer.timeline),)
+    timed: tuple[DriverEffect, ...] = ()
+    if answer.timeline is not None and state.is_timed and state.waiting in slots:
+        timed = (Timed(answer.timeline),)
     if state.waiting is None or state.waiting not in slots:
         return state, timed  # an acknowledgement, or an answer that came before and was kept until now
     place = slots.index(state.waiting)
@@ -305,6 +310,7 @@ def _send(state: DriverState, token_ids: tuple[int, ...], *, want_last: bool) ->
         token_ids=state.token_ids + token_ids,
         out=outgoing.push(state.out, window, tree),
         waiting=last if want_last else None,
+        is_timed=timed,
     )
     told = _told(state, (SlotSpan(first, count),)) if state.tail_listens else ()
     state, sent = _flushed(state)

@@ -6,7 +6,13 @@ MAX_WINDOW_ROWS = 512
 MAX_ALIVE_SLOTS = 1024
 """The most slots that are not committed. A prompt chunk commits its own; speculation keeps some hundred in flight."""
 
-MAX_EARLY_WINDOWS = 64
+MAX_COMMIT_SLOTS = MAX_ALIVE_SLOTS + MAX_WINDOW_ROWS
+"""The most slots of one commit: all that can be alive with the window that brings it."""
+
+MAX_DEAD_SLOTS = 4 * MAX_ALIVE_SLOTS
+"""Dead slots above the root that a stage must remember, so that what builds on them is known to be dead, too."""
+
+MAX_EARLY_WINDOWS = 16
 """Windows that came before one they build on. Within one line there are none; over several sockets there may be a few."""
 
 MAX_ANSWER_SLOTS = 64

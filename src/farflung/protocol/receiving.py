@@ -9,9 +9,10 @@ from msgspec.structs import replace
 from farflung.core.errors import LeaseExceeded, ProtocolViolation
 from farflung.core.messages import Window
 from farflung.core.tree import TokenTree
+from farflung.core.window import MAX_SLOT
 from farflung.protocol.credit import WINDOW_COST_BYTES
 from farflung.protocol.events import IdsReceived, WindowReceived
-from farflung.protocol.limits import MAX_EARLY_WINDOWS, MAX_WINDOW_ROWS
+from farflung.protocol.limits import MAX_COMMIT_SLOTS, MAX_DEAD_SLOTS, MAX_EARLY_WINDOWS, MAX_WINDOW_ROWS
 from farflung.protocol.stage_state import PendingWindow, StageState
 from farflung.protocol.windows import keep_rows, pairs_of, slots_of
 
@@ -28,6 +29,8 @@ def receive(state: StageState, event: WindowReceived) -> tuple[StageState, list[
             raise ProtocolViolation(f"{MAX_EARLY_WINDOWS} windows wait for one that they build on, and another came")
         return replace(state, early=(*state.early, event)), []
     state, repeated = _take(state, event)
+    if not event.window.rows and event.window.commit is None:
+        return state, repeated  # nothing builds on it
     while early := next((early for early in state.early if _fits(state.tree, early.window)), None):
         state = replace(state, early=tuple(other for other in state.early if other is not early))
         state, more = _take(state, early)
@@ -50,6 +53,12 @@ def _check_shape(state: StageState, event: WindowReceived) -> None:
         raise LeaseExceeded(f"a window of {rows} rows is larger than the lease of {state.lease_tokens} tokens")
     if window.commit is not None and window.commit.stop > state.lease_tokens:
         raise ProtocolViolation(f"a commit up to position {window.commit.stop} is outside the lease of {state.lease_tokens}")
+    if window.commit is not None and window.commit.count > MAX_COMMIT_SLOTS:
+        raise ProtocolViolation(f"a commit names {window.commit.count} slots, at most {MAX_COMMIT_SLOTS} are allowed")
+    if not 0 <= window.next_slot <= MAX_SLOT:
+        raise ProtocolViolation(f"a window says that slots up to {window.next_slot} have gone out")
+    if window.timeline is not None and len(window.timeline) != state.place:
+        raise ProtocolViolation(f"a window has passed {state.place} stages and brings times of {len(window.timeline)}")
     if sum(span.count for span in window.want) > rows:
         raise ProtocolViolation("a window wants more answers than it has rows")
     if window.want and not set(slots_of(window)).issuperset(slot for span in window.want for slot in span):
@@ -66,7 +75,9 @@ def _fits(tree: TokenTree, window: Window) -> bool:
     commit = window.commit
     if commit is None:
         return True
-    return commit.start <= tree.committed_tokens and all(slot in brought or tree.knows(slot) for slot in commit.slots())
+    return commit.start <= tree.committed_tokens and all(
+        slot in brought or tree.knows(slot) for span in commit.spans if span.first + span.count > tree.root + 1 for slot in span
+    )
 
 
 def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[int]]:
@@ -88,6 +99,8 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
         )
     if len(tree.alive) > state.max_slots:
         raise ProtocolViolation(f"{len(tree.alive)} slots are not committed, at most {state.max_slots} are granted")
+    if len(tree.dead) > MAX_DEAD_SLOTS:
+        raise ProtocolViolation(f"{len(tree.dead)} slots above the root are dead, at most {MAX_DEAD_SLOTS} are remembered")
     if dead:
         window, places = keep_rows(window, lambda slot: slot not in dead)
         event = only(state, event, window, places)
@@ -95,8 +108,10 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
     wanted = frozenset(slot for slot in wanted if slot == tree.root or slot in tree.alive)
     if window.next_slot > tree.next_slot:  # the last ones died before they came: a header that is made anew must tell it, too
         tree = replace(tree, next_slot=window.next_slot)
-    pending = PendingWindow(window, event.payload, tree, cost, event.at_s)
-    return replace(state, tree=tree, wanted=wanted, queue=(*state.queue, pending)), repeated
+    pending = PendingWindow(window, event.payload, cost, event.at_s)
+    return replace(
+        state, tree=tree, wanted=wanted, queue=(*state.queue, pending), queue_rows=state.queue_rows + window.rows
+    ), repeated
 
 
 def _is_repeated(tree: TokenTree, slot: int, parent: int) -> bool:
@@ -119,14 +134,20 @@ def only(state: StageState, event: WindowReceived, window: Window, places: list[
 def receive_ids(state: StageState, event: IdsReceived) -> StageState:
     """Keeps the tokens of slots that are still to be computed; the first that came for a slot stands.
 
-    Raises ProtocolViolation where nobody looks at them, or for more than a session can hold.
+    Raises ProtocolViolation for more than a session can hold.
     """
-    if not state.needs_ids:
-        raise ProtocolViolation("token ids came to a stage that does not look at them")
     ids = dict(state.ids)
     for slot, token in zip(event.slots, event.token_ids, strict=True):
-        if not state.computed.knows(slot):
+        if not (state.computed.knows(slot) or slot in state.tree.dead):
             ids.setdefault(slot, token)
     if len(ids) > state.lease_tokens + state.max_slots:
         raise ProtocolViolation(f"the tokens of {len(ids)} slots were told before their rows came")
     return replace(state, ids=MappingProxyType(ids))
+
+
+def check_ids(state: StageState, count: int) -> None:
+    """Before so many ids are looked at. Raises ProtocolViolation where nobody wants them, or so many."""
+    if not state.needs_ids:
+        raise ProtocolViolation("token ids came to a stage that does not look at them")
+    if count > state.lease_tokens + state.max_slots:
+        raise ProtocolViolation(f"the tokens of {count} slots came for a lease of {state.lease_tokens}")

@@ -104,34 +104,40 @@ def _start(state: StageState, max_rows: int) -> StageState:
     window, places = keep_rows(pending.window, state.tree.holds)
     if places is not None:
         event = only(state, WindowReceived(pending.window, pending.payload), window, places)
-        pending = PendingWindow(window, event.payload, pending.tree, pending.credit_bytes, pending.at_s)
+        pending = PendingWindow(window, event.payload, pending.credit_bytes, pending.at_s)
     parts = [pending]
     if window.rows > max_rows and is_committed_path(window):
         parts = list(_cut(state, pending, max(1, max_rows)))
     step_ids = tuple(state.ids[slot] for slot in slots_of(parts[0].window)) if state.needs_ids else ()
-    return replace(state, computing=True, queue=(*parts, *rest), step_ids=step_ids)
+    dropped = state.queue[0].window.rows - window.rows
+    queue = (*parts, *rest)
+    return replace(state, computing=True, queue=queue, queue_rows=state.queue_rows - dropped, step_ids=step_ids)
 
 
 def _cut(state: StageState, pending: PendingWindow, rows: int) -> Iterator[PendingWindow]:
     first, second = cut(pending.window, rows)
     size = rows * state.row_bytes
-    tree, _ = state.computed.add(first.runs)
-    if first.commit is not None:
-        tree, _ = tree.commit(first.commit)
-    yield PendingWindow(first, pending.payload[:size], tree, size, pending.at_s)
-    yield PendingWindow(second, pending.payload[size:], pending.tree, pending.credit_bytes - size, pending.at_s)
+    yield PendingWindow(first, pending.payload[:size], size, pending.at_s)
+    yield PendingWindow(second, pending.payload[size:], pending.credit_bytes - size, pending.at_s)
 
 
 def _finish(state: StageState, event: StepDone) -> Transition:
     pending, *rest = state.queue
     window = pending.window
     receiver, returned = state.receiver.computed(pending.credit_bytes)
-    settled = _settled(state.computed, pending)
+    computed, settled = _grown(state.computed, window)
     if event.time is not None and window.timeline is not None:
         window = replace(window, timeline=(*window.timeline, event.time))
-    state = replace(state, queue=tuple(rest), computing=False, receiver=receiver, computed=pending.tree)
+    state = replace(
+        state,
+        queue=tuple(rest),
+        queue_rows=state.queue_rows - window.rows,
+        computing=False,
+        receiver=receiver,
+        computed=computed,
+    )
     if state.needs_ids:
-        left = {slot: token for slot, token in state.ids.items() if not pending.tree.knows(slot)}
+        left = {slot: token for slot, token in state.ids.items() if not (computed.knows(slot) or slot in state.tree.dead)}
         state = replace(state, ids=MappingProxyType(left), step_ids=())
     effects: tuple[StageEffect, ...] = () if settled is None else (settled,)
     if returned:
@@ -152,26 +158,19 @@ def _finish(state: StageState, event: StepDone) -> Transition:
     return state, (*map(Reply, _answers_of(fresh, slots, window, event.queue_rows)), *effects)
 
 
-def _settled(before: TokenTree, pending: PendingWindow) -> Settled | None:
-    after, start = pending.tree, before.committed_tokens
-    if after.committed_tokens == start:
-        return None
-    slots = tuple(slot for span in _tail_of(after, start) for slot in span)
-    came = {*before.alive, *slots_of(pending.window)}
-    return Settled(start, slots, frozenset(came.difference(after.alive, slots)))
-
-
-def _tail_of(tree: TokenTree, start: int) -> Iterator[range]:
-    """Slots of the committed positions from ``start`` on, found from the end: a commit is short, the path long."""
-    left = tree.committed_tokens - start
-    found: list[range] = []
-    for span in reversed(tree.committed):
-        count = min(left, span.count)
-        found.append(range(span.first + span.count - count, span.first + span.count))
-        left -= count
-        if not left:
-            break
-    return reversed(found)
+def _grown(before: TokenTree, window: Window) -> tuple[TokenTree, Settled | None]:
+    """The tree of computed rows with one more window, and what is settled by it."""
+    tree, _ = before.add(window.runs)  # none of them is dead: their parents were computed
+    settled: Settled | None = None
+    if window.commit is not None:
+        tree, died = tree.commit(window.commit)
+        start = before.committed_tokens
+        if tree.committed_tokens > start:
+            slots = tuple(slot for span in tree.committed_between(start, tree.committed_tokens) for slot in span)
+            settled = Settled(start, slots, died)
+    if window.next_slot > tree.next_slot:
+        tree = replace(tree, next_slot=window.next_slot)
+    return tree, settled
 
 
 def _answers_of(state: StageState, slots: list[int], window: Window | None = None, queue_rows: int = 0) -> Iterator[Answer]:

@@ -27,14 +27,12 @@ class PendingWindow:
 
     Attributes:
         window, payload: without the slots that were dead when it came.
-        tree: the tree after it.
         credit_bytes: what it cost of the predecessor's credit.
         at_s: when it came, on the loop's clock.
     """
 
     window: Window
     payload: Payload
-    tree: TokenTree
     credit_bytes: int
     at_s: float = 0.0
 
@@ -63,9 +61,11 @@ class StageState(Struct, frozen=True, kw_only=True):
         max_slots: the most alive slots: this stage's grant.
         out: the edge to the successor; None at the tail.
         tree: what was received, dead slots dropped.
-        computed: the tree after the last computed window.
+        computed: the tree of the rows that have been computed.
         wanted: slots, the root and alive ones, whose answers are wanted.
+        place: of this stage in the route, from 0.
         queue: windows not computed yet, oldest first.
+        queue_rows: rows in them.
         early: windows that came before one they build on.
         computing: the first of the queue is in the compute thread.
         ids: tokens of slots that are not computed yet, where they are needed.
@@ -85,7 +85,9 @@ class StageState(Struct, frozen=True, kw_only=True):
     tree: TokenTree = field(default_factory=TokenTree)
     computed: TokenTree = field(default_factory=TokenTree)
     wanted: frozenset[int] = frozenset()
+    place: int = 0
     queue: tuple[PendingWindow, ...] = ()
+    queue_rows: int = 0
     early: tuple[WindowReceived, ...] = ()
     computing: bool = False
     ids: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))

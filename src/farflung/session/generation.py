@@ -11,10 +11,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from farflung.core.errors import DeadlineExceeded, FarflungError, SessionRefused, StageLost, UsageError
 from farflung.core.ids import NodeId, short
 from farflung.core.messages import OpenText
 from farflung.core.sampling import TokenLogprob
+from farflung.protocol.credit import SlotCredit
 from farflung.protocol.driver import (
     DriverEvent,
     DriverState,
@@ -85,6 +88,7 @@ class Generation:
         self._last_token_s: float | None = None
         self._started_s: float | None = None
         self._at_fault: NodeId | None = None
+        self._cancelled = False
         self.stats = GenerationStats(prompt_tokens=len(setup.plan.prompt))
         self.finish_reason: str | None = None
 
@@ -93,6 +97,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Cancels it at every stage; whoever iterates sees its end."""
+        self._cancelled = True
         self._feed(Stop("cancelled"))
 
     async def text(self) -> str:
@@ -117,6 +122,9 @@ class Generation:
                 culprit = self._at_fault
                 if self.stats.token_ids or culprit is None or len(avoid) >= MAX_DETOURS:
                     raise
+                if self._cancelled:
+                    self.finish_reason = "cancelled"
+                    return
                 avoid |= {culprit}
                 try:
                     opening = await self._setup.opening(avoid)
@@ -125,10 +133,14 @@ class Generation:
                 self._state = DriverState(plan=self._setup.plan)
                 self._emitted = asyncio.Queue()
                 self._at_fault = None
+                if self._cancelled:  # while another route was looked for
+                    self.finish_reason = "cancelled"
+                    return
 
     async def _attempt(self, opening: OpenText) -> AsyncGenerator[Token, None]:
         """One route, to the end of the text or to a failure."""
         self.stats.route = opening.route
+        self._state = replace(self._state, slots=SlotCredit(len(opening.route.hops)))
         ring = self._ring = Ring(self._setup.ring, opening, self._feed_or_fail)
         keeping = asyncio.create_task(ring.run(), name=f"ring of session {short(opening.session)}")
         try:
@@ -137,10 +149,12 @@ class Generation:
                     yield token
         finally:
             self._feed(Stop("cancelled"))
-            await ring.close(self.finish_reason or "cancelled", wait_for_reports=self.finish_reason in ("stop", "length"))
-            keeping.cancel()
+            try:
+                await ring.close(self.finish_reason or "cancelled", wait_for_reports=self.finish_reason in ("stop", "length"))
+            finally:  # whoever waits may be cancelled while reports are waited for
+                keeping.cancel()
+                self._count(opening, ring)
             await asyncio.wait([keeping])
-            self._count(opening, ring)
 
     async def _consume(self, keeping: asyncio.Task[None]) -> AsyncGenerator[Token, None]:
         while True:
@@ -176,12 +190,12 @@ class Generation:
                 hint="a stage may be overloaded: see `farflung status`, or raise the timeout",
             ) from None
 
-    def _feed_or_fail(self, event: DriverEvent) -> None:
-        """What happens at the ring. A broken rule, or a link that takes no more, ends the generation."""
+    def _feed_or_fail(self, event: DriverEvent, node_id: NodeId) -> None:
+        """What happens at the line to a stage. A rule that it breaks, or a link that takes no more, ends the generation."""
         try:
             self._feed(event)
         except FarflungError as error:
-            self._feed(Failed(error))
+            self._feed(Failed(error, node_id))
 
     def _feed(self, event: DriverEvent) -> None:
         self._state, effects = advance(self._state, event)

@@ -72,6 +72,7 @@ class _Holder(Generic[_T]):
         self._context = context
         self._task: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
+        self._entered = False
 
     async def enter(self) -> _T:
         entered: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
@@ -84,10 +85,13 @@ class _Holder(Generic[_T]):
 
     async def leave(self) -> None:
         if self._task is not None:
+            if not self._entered:
+                self._task.cancel()  # interrupted while it still went in
             self._leave.set()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _hold(self, entered: asyncio.Future[_T]) -> None:
         async with self._context as value:
+            self._entered = True
             entered.set_result(value)
             await self._leave.wait()

@@ -77,14 +77,14 @@ class Ring:
     Args:
         ports: see above.
         opening: names the route.
-        on_event: takes what happens; may call ``send``.
+        on_event: takes what happens, and at which stage; may call ``send``.
 
     Attributes:
         stages: by node, in route order.
         reconnects: broken lines that were taken up again.
     """
 
-    def __init__(self, ports: RingPorts, opening: OpenText, on_event: Callable[[DriverEvent], None]) -> None:
+    def __init__(self, ports: RingPorts, opening: OpenText, on_event: Callable[[DriverEvent, NodeId], None]) -> None:
         self._ports = ports
         self._opening = opening
         self._text = encode_open_text(opening)
@@ -159,13 +159,13 @@ class Ring:
             self.reconnects += again
             if hop is self._first:
                 line.send(Open(self._text, self._signature, asks_have=again), (), Priority.PREFILL)
-                self._on_event(SuccessorUp(begins=not again))
+                self._on_event(SuccessorUp(begins=not again), hop.node_id)
             else:
                 line.send(Attach(self._opening.session))
         except NotAdmitted as error:  # it says itself what is missing
-            self._on_event(Failed(error, hop.node_id))
+            self._on_event(Failed(error, hop.node_id), hop.node_id)
         except FarflungError as error:
-            self._on_event(Failed(self._lost(hop, "cannot be reached", error), hop.node_id))
+            self._on_event(Failed(self._lost(hop, "cannot be reached", error), hop.node_id), hop.node_id)
 
     def on_lost(self, line: Line, error: FarflungError) -> None:
         del error  # why a later try fails is what counts
@@ -178,7 +178,7 @@ class Ring:
         if hop is None or self._closed:
             return
         if hop is self._first:
-            self._on_event(SuccessorLost())
+            self._on_event(SuccessorLost(), hop.node_id)
         if self._group is not None:
             self._group.create_task(self._join(hop, again=True))
 
@@ -186,28 +186,34 @@ class Ring:
         try:
             self._take(line, frame.message)
         except FarflungError as error:
-            self._on_event(Failed(error, line.peer))
+            self._on_event(Failed(error, line.peer), line.peer)
 
     def _take(self, line: Line, message: Message) -> None:
         stage = self.stages[line.peer]
         match message:
             case Answer() if line.peer == self._tail.node_id:
-                self._on_event(AnswerReceived(message))
+                self._on_event(AnswerReceived(message), line.peer)
             case Credit() if line.peer == self._first.node_id:
-                self._on_event(CreditReceived(message.bytes))
+                self._on_event(CreditReceived(message.bytes), line.peer)
             case Have() if line.peer == self._first.node_id:
-                self._on_event(HaveReceived(message))
+                self._on_event(HaveReceived(message), line.peer)
             case Grant():
-                self._on_event(GrantReceived(message.slots, is_tail=line.peer == self._tail.node_id != self._first.node_id))
+                if not stage.granted:  # once for every line: a tail must not ask for all tokens again and again
+                    stage.granted = True
+                    is_tail = line.peer == self._tail.node_id != self._first.node_id
+                    self._on_event(GrantReceived(line.peer, message.slots, is_tail), line.peer)
             case Fault() | Trouble():
-                self._on_event(Failed(error_from_code(message.code, message.message, message.hint), message.node_id))
+                # A stage may blame another one of the route; who is none of it, it can only be itself.
+                at_fault = line.peer if self._opening.route.hop_of(message.node_id) is None else message.node_id
+                self._on_event(Failed(error_from_code(message.code, message.message, message.hint), at_fault), line.peer)
             case Evicted():
                 stage.complete_from = message.complete_from
             case Report():
                 stage.report = message
                 self._check_reports()
             case Close():
-                self._on_event(Failed(Cancelled(f"node {short(line.peer)} closed the session: {message.reason[:200]}")))
+                closed = Cancelled(f"node {short(line.peer)} closed the session: {message.reason[:200]}")
+                self._on_event(Failed(closed, line.peer), line.peer)
             case _:
                 raise ProtocolViolation(f"a {type(message).__name__} from node {short(line.peer)} means nothing here")
 

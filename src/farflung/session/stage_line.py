@@ -15,6 +15,7 @@ class StageLine:
     bytes_sent, bytes_received: over the links of its lines so far, TLS included, heartbeats apart; the line in use comes on
         top when it is let go. Other lines of these links count too.
     report: the stage's last word, once it is here.
+    granted: it has said over this line how many slots may be in flight: the session is open there.
     complete_from: the stage's log has all rows from that position on.
     """
 
@@ -22,11 +23,12 @@ class StageLine:
     bytes_sent: int = 0
     bytes_received: int = 0
     report: Report | None = None
+    granted: bool = False
     complete_from: int = 0
 
     def take(self, line: Line) -> None:
         """A line that is up."""
-        self.line = line
+        self.line, self.granted = line, False
         sent, received = _carried(line)
         self.bytes_sent -= sent
         self.bytes_received -= received

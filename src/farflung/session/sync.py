@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from farflung.identity.keys import Identity
+from farflung.identity.swarm_key import SwarmKey
 from farflung.session.generation import Generation, Token
 from farflung.session.loop_thread import LoopThread
 from farflung.session.options import GenerateOptions
@@ -68,7 +69,12 @@ class SyncSwarm:
 
 
 @contextmanager
-def connect(directory_url: str, model: str, *, identity: Identity | None = None) -> Iterator[SyncSwarm]:
+def connect(
+    directory_url: str, model: str, *, identity: Identity | None = None, swarm_key: SwarmKey | None = None
+) -> Iterator[SyncSwarm]:
     """See ``Swarm.connect``."""
-    with LoopThread() as thread, thread.holding(Swarm.connect(directory_url, model, identity=identity)) as swarm:
+    with (
+        LoopThread() as thread,
+        thread.holding(Swarm.connect(directory_url, model, identity=identity, swarm_key=swarm_key)) as swarm,
+    ):
         yield SyncSwarm(swarm, thread)

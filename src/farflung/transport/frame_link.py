@@ -20,10 +20,11 @@ from farflung.core.errors import (
     LinkLost,
     LinkOverloaded,
     ProtocolViolation,
+    SessionRefused,
     UsageError,
 )
 from farflung.core.ids import NodeId, short
-from farflung.core.messages import LINK_CHANNEL, Attach, Hello, Message, Open, Ping, Pong
+from farflung.core.messages import LINK_CHANNEL, Attach, Fault, Hello, Message, Open, Ping, Pong
 from farflung.core.units import Bytes
 from farflung.transport.byte_stream import FLUSH_S, RECORD_BYTES, Wire
 from farflung.transport.link import Frame, LinkHandler, LinkStats, Priority
@@ -75,6 +76,7 @@ class FrameLink:
         self._wire = wire
         self._uplink = setup.uplink
         self._source = source
+        self._me = setup.me
         self._openings = setup.openings
         self._idle_frames = setup.idle_frames
         self._half_received = setup.half_received
@@ -241,9 +243,14 @@ class FrameLink:
     def _take(self, channel: int, frame: Frame, size: int) -> None:
         if self._state is _State.GREETING:
             raise ProtocolViolation(f"node {short(self.peer)} sent a frame on channel {channel} before its hello")
-        if isinstance(frame.message, Open | Attach) and not self._openings.take(self._source, self._heard):
-            raise LinkOverloaded(f"{self._source} opens sessions faster than {self._openings.per_s:g} a second")
         self.stats.frames_received += 1
+        if isinstance(frame.message, Open | Attach) and not self._openings.take(self._source, self._heard):
+            # This one alone: others' sessions share the link.
+            error = SessionRefused(
+                f"{self._source} opens sessions faster than {self._openings.per_s:g} a second", hint="try again in a moment"
+            )
+            self.send(channel, Frame(Fault(self._me, error.code, error.message, error.hint)), Priority.CONTROL)
+            return
         if self._held is None:
             if self._handler is not None:
                 self._handler.on_frame(self, channel, frame)

@@ -49,7 +49,7 @@ class LinkConfig:
         max_queued_bytes: bytes waiting to be sent on one link before ``send`` raises LinkOverloaded.
         max_queued_bytes_in_all: on all links of a node; over it the link that holds most is ended.
         openings_burst: openings of sessions and owners' lines from one address at once; 0.15 ms each, for the signature.
-        openings_per_s: of them, for long. A link that brings more is ended.
+        openings_per_s: of them, for long. What is more is refused.
         idle_frames_burst: pings, and frames on channels that nobody holds, from one address at once. A session that ends has
             some hundred on their way.
         idle_frames_per_s: of them, for long. A link that brings more is ended.
@@ -64,8 +64,8 @@ class LinkConfig:
     max_frame_bytes: int = 64 * 1024**2
     max_queued_bytes: int = 256 * 1024**2
     max_queued_bytes_in_all: int = 512 * 1024**2
-    openings_burst: int = 512
-    openings_per_s: float = 64.0
+    openings_burst: int = 1024
+    openings_per_s: float = 256.0
     idle_frames_burst: int = 4096
     idle_frames_per_s: float = 512.0
     max_partial_frames: int = 256
