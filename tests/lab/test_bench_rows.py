@@ -10,9 +10,10 @@ from farflung.cli.app import run
 from farflung.core.errors import UsageError
 from farflung.lab.bench.case import Case, connections
 from farflung.lab.bench.decode import decode_row
-from farflung.lab.bench.member import Measured
+from farflung.lab.bench.many import many_row
+from farflung.lab.bench.member import Answer, Measured
 from farflung.lab.bench.prefill import prefill_row
-from farflung.lab.bench.report import decode_plot, decode_table, prefill_plot, prefill_table
+from farflung.lab.bench.report import decode_plot, decode_table, many_plot, many_table, prefill_plot, prefill_table
 from farflung.lab.net.profiles import named_connection
 
 
@@ -128,3 +129,13 @@ def test_a_benchmark_that_cannot_be_run_is_refused_before_anything_starts(
     monkeypatch.setenv("FARFLUNG_DEFAULTS", "off")
     assert run(["lab", "bench", *words]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_many_sessions_stand_beside_one_alone() -> None:
+    together = Answer([measured(90, same=True), measured(100, same=True)], wall_s=2.1)
+    row = many_row(case(backend="replay", sessions=2), 8192, [measured(70)], [together])
+    assert (row["sessions"], row["total_tokens_per_s"]) == (2, 20.0)
+    assert row["single_tokens_per_s"] == pytest.approx(14.286, abs=1e-3)
+    assert row["same_tokens"] is True
+    assert "| cable | 2 | 20.0 | 14.3 |" in many_table([row])
+    assert "tokens/s of all sessions" in many_plot([row], "many")

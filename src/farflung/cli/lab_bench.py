@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-SUITES = {"decode": 64, "prefill": 512}
+SUITES = {"decode": 64, "prefill": 512, "many": 64}
 """And the length of their prompts where nothing else is asked for."""
 
 
@@ -32,7 +32,12 @@ SUITES = {"decode": 64, "prefill": 512}
 )
 def bench(
     *,
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="decode: time between tokens; prefill: to the first one.")],
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE", help="decode: time between tokens; prefill: to the first one; many: sessions together."
+        ),
+    ],
     net: Annotated[
         str,
         typer.Option("--net", metavar="PROFILE,...", help="Networks; without it fiber, cable, 5g and intercontinental."),
@@ -48,8 +53,9 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="Of real stages.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of each real stage.")] = 1,
     codec: Annotated[str, typer.Option("--codec", help="Between stages.")] = "int8",
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=0, help="0: 64 for decode, 512 for prefill.")] = 0,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=0, help="0: 64, and 512 for prefill.")] = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Decoded in each repeat, after a warm-up.")] = 64,
+    sessions: Annotated[int, typer.Option("--sessions", min=1, max=512, help="Together, in the suite many.")] = 8,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Medians are reported, with the least and the most.")] = 3,
     traces: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Recorded paths for replay.")] = None,
     rung: Annotated[str, typer.Option("--rung", help="emulate; see also 'farflung lab simulate'.")] = "emulate",
@@ -88,6 +94,7 @@ def bench(
                 codec=codec,
                 prompt_tokens=prompt_tokens or SUITES[suite],
                 tokens=tokens,
+                sessions=sessions,
                 repeats=repeat,
                 seed=seed,
                 traces=traces.resolve() if traces is not None else None,
@@ -102,9 +109,10 @@ def bench(
 
 async def _run(out: Output, suite: str, cases: list[Case]) -> list[dict[str, Any]]:
     from farflung.lab.bench.decode import decode
+    from farflung.lab.bench.many import many
     from farflung.lab.bench.prefill import prefill
 
-    measure = prefill if suite == "prefill" else decode
+    measure = {"decode": decode, "prefill": prefill, "many": many}[suite]
     rows = []
     async with cancelled_by_sigterm():
         for case in cases:
@@ -113,9 +121,14 @@ async def _run(out: Output, suite: str, cases: list[Case]) -> list[dict[str, Any
 
 
 def _write(out: Output, suite: str, case: Case, rows: list[dict[str, Any]], folder: Path | None) -> None:
-    from farflung.lab.bench.report import decode_plot, decode_table, prefill_plot, prefill_table
+    from farflung.lab.bench import report
 
-    table = prefill_table(rows) if suite == "prefill" else decode_table(rows)
+    table_of, plot_of = {
+        "decode": (report.decode_table, report.decode_plot),
+        "prefill": (report.prefill_table, report.prefill_plot),
+        "many": (report.many_table, report.many_plot),
+    }[suite]
+    table = table_of(rows)
     out.write(table)
     if folder is None:
         return
@@ -123,7 +136,7 @@ def _write(out: Output, suite: str, case: Case, rows: list[dict[str, Any]], fold
     files = {
         "json": json_format.dumps({"suite": suite, "rows": rows}, indent=1) + "\n",
         "md": table,
-        "svg": (prefill_plot if suite == "prefill" else decode_plot)(rows, title),
+        "svg": plot_of(rows, title),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ class Case:
         dtype, threads: of real stages.
         codec: between stages.
         tokens: decoded in each repeat, after a warm-up.
+        sessions: that run together in the suite ``many``.
         traces: folder of recorded paths for ``replay``.
     """
 
@@ -49,6 +50,7 @@ class Case:
     codec: str = "int8"
     prompt_tokens: int = 64
     tokens: int = 64
+    sessions: int = 1
     repeats: int = 3
     seed: int = 1
     traces: Path | None = None
@@ -57,8 +59,8 @@ class Case:
     def __post_init__(self) -> None:
         if self.backend not in ("real", "replay"):
             raise UsageError(f"--backend {self.backend[:40]!r} is unknown", hint="use real or replay")
-        if min(self.stages, self.tokens, self.repeats, self.prompt_tokens) < 1:
-            raise UsageError("stages, tokens, repeats and prompt tokens are at least 1")
+        if min(self.stages, self.tokens, self.repeats, self.prompt_tokens, self.sessions) < 1:
+            raise UsageError("stages, tokens, repeats, prompt tokens and sessions are at least 1")
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from farflung.core.errors import FarflungError
+from farflung.core.errors import FarflungError, first_cause
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine.replay_backend import ReplayBackend, ReplayConfig, ReplayModel
 from farflung.engine.replay_tokens import PathTokens, TokenSource, read_traces
@@ -75,13 +75,14 @@ class BenchDriver(msgspec.Struct, frozen=True, tag="driver"):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One generation. The prompt is of random ids (of their own, so that no cache helps), or the first of a trace."""
+    """Generations that are begun together. Prompts are random ids, each of its own, so that no cache helps."""
 
     prompt_tokens: int
     max_tokens: int
     seed: int
     codec: str = "int8"
     chunk_tokens: int = 128
+    sessions: int = 1
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -104,6 +105,13 @@ class Measured(msgspec.Struct, frozen=True):
     same_tokens: bool | None
     curves: list[list[tuple[int, float]]]
     reconnects: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What became of a request: every generation, and the time from the first's beginning to the last's end."""
+
+    runs: list[Measured]
+    wall_s: float
 
 
 async def serve_replay(stage: ReplayStage) -> None:
@@ -143,13 +151,24 @@ async def drive(driver: BenchDriver) -> None:
         async for line in _lines():
             request = msgspec.json.decode(line, type=Request)
             try:
-                _say(msgspec.to_builtins(await _generate(swarm, directory, request, tokens)))
-            except FarflungError as error:
+                _say(msgspec.to_builtins(await _answer(swarm, directory, request, tokens)))
+            except* FarflungError as group:
+                error = first_cause(group) or FarflungError("a generation failed")
                 _say({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
 
 
-async def _generate(swarm: Swarm, directory: HttpDirectory, request: Request, tokens: PathTokens | None) -> Measured:
-    draw = Random(request.seed)  # noqa: S311 - a prompt
+async def _answer(swarm: Swarm, directory: HttpDirectory, request: Request, tokens: PathTokens | None) -> Answer:
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    async with asyncio.TaskGroup() as group:
+        runs = [group.create_task(_generate(swarm, directory, request, number, tokens)) for number in range(request.sessions)]
+    return Answer([run.result() for run in runs], loop.time() - began_s)
+
+
+async def _generate(
+    swarm: Swarm, directory: HttpDirectory, request: Request, number: int, tokens: PathTokens | None
+) -> Measured:
+    draw = Random(f"{request.seed} {number}")  # noqa: S311 - a prompt
     prompt = [draw.randrange(min(swarm.spec.vocab_size, 30_000)) for _ in range(request.prompt_tokens)]
     options = GenerateOptions(
         max_tokens=request.max_tokens, codecs=(request.codec,), ignore_eos=True, chunk_tokens=request.chunk_tokens

@@ -60,6 +60,20 @@ def prefill_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def many_table(rows: Sequence[Row]) -> str:
+    """The suite ``many`` in Markdown."""
+    lines = [
+        "| net | sessions | tokens/s of all | of one alone | ms/token p50 | p95 | x floor of one |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        times = row["inter_token_ms"]
+        figures = (row["total_tokens_per_s"], row["single_tokens_per_s"], times["p50"], times["p95"])
+        cells = (name_of(row), f"{row['sessions']}", *(f"{figure:.1f}" for figure in figures), f"{row['floor_ratio']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def decode_plot(rows: Sequence[Row], title: str) -> str:
     """Tokens per second by network as SVG, and what the floor would allow."""
     reached = [float(row["tokens_per_s"]) for row in rows]
@@ -72,6 +86,13 @@ def prefill_plot(rows: Sequence[Row], title: str) -> str:
     reached = [float(row["ttft_s"]) for row in rows]
     limits = [float(row["floor_s"]) for row in rows]
     return bars([name_of(row) for row in rows], reached, limits, (title, "seconds to the first token (bars); the floor (red)"))
+
+
+def many_plot(rows: Sequence[Row], title: str) -> str:
+    """Tokens per second of all sessions by network as SVG, and of one alone."""
+    reached = [float(row["total_tokens_per_s"]) for row in rows]
+    alone = [float(row["single_tokens_per_s"]) for row in rows]
+    return bars([name_of(row) for row in rows], reached, alone, (title, "tokens/s of all sessions (bars); of one alone (red)"))
 
 
 def bars(names: Sequence[str], reached: Sequence[float], limits: Sequence[float], titles: tuple[str, str]) -> str:

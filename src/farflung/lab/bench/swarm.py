@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from farflung.lab.bench.case import DIRECTORY, DRIVER, REPLAY_HIDDEN, REPLAY_LAYERS, REPLAY_VOCABULARY, Case
-from farflung.lab.bench.member import BenchDriver, Measured, ReplayStage, Request, Shape
+from farflung.lab.bench.member import Answer, BenchDriver, Measured, ReplayStage, Request, Shape
 from farflung.lab.net import Lab, LabProcess
 
 START_TIMEOUT_S = 600.0
@@ -33,9 +33,13 @@ class LabSwarm:
     hidden_size: int
 
     async def generate(self, request: Request) -> Measured:
-        """Raises LabError with what the driver says, DeadlineExceeded."""
+        """One generation. Raises LabError with what the driver says, DeadlineExceeded."""
+        return (await self.generate_together(request)).runs[0]
+
+    async def generate_together(self, request: Request) -> Answer:
+        """All the generations of a request. Raises as ``generate``."""
         self.driver.send_line(msgspec.json.encode(request).decode())
-        return msgspec.convert(await self.driver.event(ANSWER_TIMEOUT_S), type=Measured)
+        return msgspec.convert(await self.driver.event(ANSWER_TIMEOUT_S), type=Answer)
 
 
 @asynccontextmanager
@@ -70,7 +74,7 @@ async def _start_stage(lab: Lab, case: Case, url: str, number: int) -> LabProces
     else:
         part = f"{number + 1}/{case.stages}"
         model = ["--model", case.model, "--layers", part, "--dtype", case.dtype, "--threads", str(case.threads)]
-        lease = 4 * (case.prompt_tokens + case.tokens) + 256
+        lease = (case.sessions + 3) * (case.prompt_tokens + case.tokens + 64)
         serving = ["--listen", listen, "--open-to-anyone", "--driver-share", "1", "--kv-tokens", str(lease), "--ephemeral"]
         argv = [*PYTHON, "farflung", "node", "--directory", url, *model, *serving, *CHILD]
     return await lab.start(node, argv, env={**ENVIRONMENT, "OMP_NUM_THREADS": str(case.threads)}, name=node)

@@ -1,0 +1,53 @@
+"""The suite ``many``: sessions that run together, beside one alone in the same swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+
+from farflung.lab.bench.case import Case
+from farflung.lab.bench.decode import Row, floor_ms, warm_up
+from farflung.lab.bench.member import Answer, Measured, Request
+from farflung.lab.bench.swarm import lab_swarm
+
+
+async def many(case: Case, progress: Callable[[str], object] = lambda _: None) -> Row:
+    """One row. Raises LabUnavailable, LabError, DeadlineExceeded."""
+    async with lab_swarm(case, progress) as swarm:
+        progress("warming up")
+        await warm_up(case, swarm)
+        alone, together = [], []
+        for repeat in range(case.repeats):
+            progress(f"one session, then {case.sessions} together, {repeat + 1} of {case.repeats}")
+            one = Request(case.prompt_tokens, case.tokens + 1, seed=case.seed + repeat, codec=case.codec)
+            alone.append(await swarm.generate(one))
+            all_of_them = Request(one.prompt_tokens, one.max_tokens, one.seed, one.codec, sessions=case.sessions)
+            together.append(await swarm.generate_together(all_of_them))
+        return many_row(case, swarm.hidden_size, alone, together)
+
+
+def many_row(case: Case, hidden_size: int, alone: Sequence[Measured], together: Sequence[Answer]) -> Row:
+    """Medians over the repeats. The total rate is all tokens over the time from the first beginning to the last end, prompts
+    included; the floor is that of one session alone."""
+    runs = [run for answer in together for run in answer.runs]
+    times_ms = [1e3 * time_s for run in runs for time_s in run.inter_token_s]
+    total = median(sum(len(run.token_ids) for run in answer.runs) / answer.wall_s for answer in together)
+    single = median(len(run.inter_token_s) / sum(run.inter_token_s) for run in alone)
+    floor = median(floor_ms(case, hidden_size, run) for run in alone)
+    row: Row = {
+        **case.about(),
+        "sessions": case.sessions,
+        "total_tokens_per_s": round(total, 3),
+        "single_tokens_per_s": round(single, 3),
+        "inter_token_ms": {
+            "p50": round(median(times_ms), 3),
+            "p95": round(quantiles(times_ms, n=20, method="inclusive")[-1], 3),
+        },
+        "floor_ms": round(floor, 3),
+        "floor_ratio": round(median(times_ms) / floor, 4),
+        "ttft_s": round(median(run.ttft_s for run in runs), 4),
+        "repeats": len(together),
+    }
+    if runs[0].same_tokens is not None:
+        row["same_tokens"] = all(run.same_tokens for run in runs)
+    return row
