@@ -54,6 +54,7 @@ class Session:
             needs_ids=shape.tells_ids and is_tail,
             lease_tokens=shape.lease + shape.slack,
             max_slots=shape.grant + shape.slack,
+            context_tokens=100_000,
             out=out,
         )
         self.cells = SessionCells(self.state.lease_tokens)

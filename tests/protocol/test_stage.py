@@ -47,6 +47,7 @@ def stage(**changes: object) -> StageState:
         "epoch": 1,
         "row_bytes": ROW,
         "lease_tokens": 8,
+        "context_tokens": 100_000,
         "max_slots": MAX_ALIVE_SLOTS,
         "out": OutEdge(epoch=1, row_bytes=ROW),
     }
@@ -461,6 +462,14 @@ def test_tokens_that_nobody_looks_at_or_too_many_are_a_violation() -> None:
 def test_what_a_window_says_of_itself_is_bounded(window: Window) -> None:
     with pytest.raises(ProtocolViolation):
         advance(tail(lease_tokens=4096), WindowReceived(window, b""))
+
+
+def test_positions_lie_within_the_context_though_the_lease_has_room_for_guesses() -> None:
+    state, _ = run(tail(lease_tokens=64, context_tokens=6), path(0, 6, -1, 0))
+    with pytest.raises(LeaseExceeded, match="position 6"):
+        run(state, guess((6, 5)))
+    with pytest.raises(LeaseExceeded, match="position 6"):
+        run(tail(lease_tokens=64, context_tokens=6), path(0, 7, -1, 0))
 
 
 def test_dead_slots_are_remembered_up_to_a_bound() -> None:

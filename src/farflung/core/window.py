@@ -43,6 +43,10 @@ class SlotRun(Struct, frozen=True, array_like=True):
         if not (NO_SLOT <= self.parent < self.first and self.count > 0 and self.first + self.count <= MAX_SLOT):
             raise ProtocolViolation(f"slot run {self.first}+{self.count} under {self.parent} is out of range")
 
+    @property
+    def last(self) -> int:
+        return self.first + self.count - 1
+
     def pairs(self) -> Iterator[tuple[int, int]]:
         """(slot, parent) for each slot of the run."""
         parent = self.parent

@@ -97,6 +97,7 @@ class StageSession:
             needs_ids=text.sampling.needs_history and out is None and not is_first,
             lease_tokens=text.lease_tokens,
             max_slots=self.host.max_slots,
+            context_tokens=self.host.context_tokens,
             out=out,
             place=self.opening.index,
         )

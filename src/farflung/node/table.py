@@ -115,6 +115,10 @@ class SessionTable:
         return self._backend.spec.hidden_size
 
     @property
+    def context_tokens(self) -> int:
+        return self._backend.spec.context_tokens
+
+    @property
     def max_slots(self) -> int:
         return self._config.max_slots
 

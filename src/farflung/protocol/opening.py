@@ -9,7 +9,7 @@ from farflung.core.errors import DigestMismatch, FarflungError, MalformedFrame, 
 from farflung.core.ids import NodeId, parse_model_digest, parse_node_id, parse_session_id, short
 from farflung.core.messages import OpenText
 from farflung.core.model import LayerRange, ModelSpec
-from farflung.protocol.limits import MAX_LEASE_S
+from farflung.protocol.limits import MAX_ALIVE_SLOTS, MAX_LEASE_S
 
 OPEN_CONTEXT = "open/1"
 """Domain of the owner's signature over an ``OpenText``."""
@@ -92,7 +92,7 @@ def check_open(text: OpenText, codec: str, *, me: NodeId, spec: ModelSpec, layer
             f"{text.prompt_tokens} prompt tokens and {text.max_tokens} more do not fit a lease of {text.lease_tokens}",
             hint="ask for prompt + max_tokens + slots in flight",
         )
-    if not 1 <= text.lease_tokens <= spec.context_tokens + 1024:
+    if not 1 <= text.lease_tokens <= spec.context_tokens + MAX_ALIVE_SLOTS:
         raise SessionRefused(
             f"a lease of {text.lease_tokens} tokens is out of range for a context of {spec.context_tokens}",
             hint="ask for prompt + max_tokens",

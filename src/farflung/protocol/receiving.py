@@ -89,6 +89,9 @@ def _take(state: StageState, event: WindowReceived) -> tuple[StageState, list[in
         window, places = keep_rows(window, lambda slot: not before.knows(slot))
         event = only(state, event, window, places)
     tree, dead = before.add(window.runs)
+    last = max((tree.alive[run.last].position for run in window.runs if run.last in tree.alive), default=0)
+    if last >= state.context_tokens:
+        raise LeaseExceeded(f"a slot at position {last} is beyond the context of {state.context_tokens} tokens")
     if window.commit is not None:
         tree, died = tree.commit(window.commit)
         dead |= died

@@ -58,6 +58,7 @@ class StageState(Struct, frozen=True, kw_only=True):
         row_bytes: size of one incoming row: ``ID_BYTES`` at the first stage.
         needs_ids: a window can be computed once its tokens are known; at the tail, where sampling looks back at the text.
         lease_tokens: the most committed + alive slots.
+        context_tokens: positions lie below: what the model was made for.
         max_slots: the most alive slots: this stage's grant.
         out: the edge to the successor; None at the tail.
         tree: what was received, dead slots dropped.
@@ -79,6 +80,7 @@ class StageState(Struct, frozen=True, kw_only=True):
     row_bytes: int
     lease_tokens: int
     max_slots: int
+    context_tokens: int
     out: OutEdge | None
     needs_ids: bool = False
     owner_attached: bool = False
