@@ -90,13 +90,16 @@ class SessionCells:
     """The cells of one session. Cells are offsets in its extent of ``size`` cells.
 
     Attributes:
+        context: positions lie below.
         tree: the session's token tree.
         position_of_cell: int64 [size], position of the token last written to each cell.
         high: no cell from here on holds a token.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, context: int | None = None) -> None:
+        """``context`` None: no longer than the lease."""
         self.size = size
+        self.context = size if context is None else context
         self.tree = TokenTree()
         self.position_of_cell: NDArray[np.int64] = np.zeros(size, np.int64)
         self.high = 0
@@ -121,8 +124,8 @@ class SessionCells:
     def apply(self, runs: Sequence[SlotRun], commit: Commit | None) -> NewRows:
         """Adds the slots of ``runs``, then commits; the dead give up their cells before the new slots take theirs.
 
-        Raises ProtocolViolation where runs or commit break a rule, LeaseExceeded where the lease is too short; nothing has
-        changed then.
+        Raises ProtocolViolation where runs or commit break a rule, LeaseExceeded where the lease is too short or a slot lies
+        beyond the context; nothing has changed then.
         """
         grown, stillborn = self.tree.add(runs)
         tree, died = (grown, frozenset[int]()) if commit is None else grown.commit(commit)
@@ -135,6 +138,9 @@ class SessionCells:
                 f"{tree.committed_tokens} committed and {len(tree.alive)} pending tokens exceed the KV lease of {self.size}",
                 hint="open the session with a lease of prompt + max_tokens + slots in flight",
             )
+        last = max((grown.alive[run.first + run.count - 1].position for run in runs), default=-1)
+        if last >= self.context:  # some families look positions up in a table that ends there
+            raise LeaseExceeded(f"a slot at position {last} is beyond the {self.context} tokens that the model is run for here")
         for slot in died:
             insort(self._holes, self._alive.pop(slot))
         cells = self._take(len(slots))

@@ -58,11 +58,16 @@ class RotaryCall:
         return tuple(found) if isinstance(made, tuple) else found[0]
 
     def _of_length(self, hidden: torch.Tensor, positions: torch.Tensor, length: int) -> Any:
-        """One more row at the session's last position makes transformers choose as for the whole session."""
+        """One more row at the session's last position makes transformers choose as for the whole session.
+
+        A row that lies beyond the length its session declared is rotated as the last one: transformers chooses by the
+        largest position of all, and the other sessions of that length are not to feel it.
+        """
+        last = length - 1
         for name in vars(self.module):
             if name.endswith("max_seq_len_cached"):
                 setattr(self.module, name, 0)  # else the longest session so far would decide
-        made = self._call(hidden, torch.cat([positions, positions.new_tensor([[length - 1]])], 1))
+        made = self._call(hidden, torch.cat([positions.clamp(max=last), positions.new_tensor([[last]])], 1))
         return tuple(part[:, :-1] for part in made) if isinstance(made, tuple) else made[:, :-1]
 
     def _call(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:

@@ -1,6 +1,7 @@
 """One packed step: windows of several sessions go through a stage's layers together, in the compute thread.
 
-What is wrong with one window stands in its own result; memory that cannot be had fails all windows of the step.
+What is wrong with one window stands in its own result. Memory that cannot be had, or a kernel that gives up, fails all windows
+of the step, and no more: their sessions end, the node goes on.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 import torch
 
 from farflung.core.errors import FarflungError, MalformedFrame, ProtocolViolation, StageFailed
-from farflung.core.ids import short
+from farflung.core.ids import SessionId, short
 from farflung.core.model import LayerRange
 from farflung.engine.attention import StepAttention
 from farflung.engine.backend import SessionSpec, StageResult, StageWork
@@ -25,6 +27,8 @@ from farflung.engine.segments import BLOCK_ROWS, PassPlan, Segment, max_rows
 from farflung.engine.tail import Tail, Wanted
 from farflung.sampling import SessionSampler
 from farflung.wire.frame import Buffer
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,10 @@ class PackedStep:
             if not part.rows.slots:
                 results[part.index] = StageResult(session=part.work.session, rows=None if self._tail is not None else b"")
         # Short windows first, in the order of the pool: so those that share a call of attention are neighbours.
-        filled = sorted((part for part in parts if part.rows.slots), key=lambda part: (len(part.rows.slots), part.session.base))
+        filled = sorted((part for part in parts if part.rows.slots), key=_pool_order)
         if filled:
             try:
-                with self._memory_checked():
+                with self._faults_told([part.work.session for part in filled]):
                     finished = self._finish(filled, self._forward(filled)[0])
             except StageFailed as error:
                 for part in filled:
@@ -117,14 +121,21 @@ class PackedStep:
                 for part, result in zip(filled, finished, strict=True):
                     results[part.index] = result
         self._clear_failed(parts, results)
-        return tuple(result for result in results if result is not None)
+        return tuple(
+            self._no_result(item.session) if result is None else result for item, result in zip(work, results, strict=True)
+        )
+
+    def _no_result(self, session: SessionId) -> StageResult:
+        """Never, as far as is known; were there one less, those after it would go to the wrong sessions."""
+        error = StageFailed(f"layers {self._layers} gave no result for session {short(session)}")
+        return StageResult(session=session, error=error)
 
     def _clear_failed(self, parts: Sequence[_Part], results: Sequence[StageResult | None]) -> None:
         """What a failed window wrote may not be finite; see ``KvTensors``."""
         for part in parts:
             result = results[part.index]
             if result is not None and result.error is not None:
-                self._kv.clear(part.session.base, part.session.cells.size)
+                self._kv.clear(part.session.base, part.session.cells.high)
 
     def _read(
         self, work: Sequence[StageWork], sessions: Sequence[OpenSession | None]
@@ -145,7 +156,7 @@ class PackedStep:
         if coded:
             indices, names, buffers, counts = zip(*coded, strict=True)
             try:
-                with self._memory_checked():
+                with self._faults_told([work[index].session for index in indices]):
                     decoded = decode_each(names, buffers, counts, self._width, self._dtype)
             except StageFailed as error:
                 decoded = [error] * len(coded)
@@ -217,16 +228,23 @@ class PackedStep:
         ]
 
     @contextmanager
-    def _memory_checked(self) -> Iterator[None]:
-        """Raises StageFailed for memory that cannot be had: the sessions of the step end, the node goes on."""
+    def _faults_told(self, sessions: Sequence[SessionId]) -> Iterator[None]:
+        """Raises StageFailed for what torch raises in a step of ``sessions``, and logs what may be a defect of ours: once for
+        each session, as a window that failed ends it."""
         try:
             yield
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
+        except (MemoryError, RuntimeError, IndexError) as error:
+            said = str(error).partition("\n")[0]
+            if _is_out_of_memory(error):
+                raise StageFailed(
+                    f"layers {self._layers} have not enough memory for a window: {said}",
+                    hint="send shorter windows, or choose a node with more memory",
+                ) from error
+            names = [short(session) for session in sessions]
+            log.error("a step could not be computed", layers=str(self._layers), sessions=names, exc_info=error)
             raise StageFailed(
-                f"layers {self._layers} have not enough memory for a window: {str(error).partition(chr(10))[0]}",
-                hint="send shorter windows, or choose a node with more memory",
+                f"layers {self._layers} could not compute a window: {type(error).__name__}: {said}",
+                hint="the node's log has the whole error",
             ) from error
 
 
@@ -260,8 +278,10 @@ def _ids(item: StageWork, count: int) -> torch.Tensor | FarflungError:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU allocator of torch has no exception type of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Neither the CPU allocator of torch nor oneDNN has an exception type of its own for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive"))
 
 
 def _pool_order(part: _Part) -> tuple[int, int]:

@@ -115,6 +115,7 @@ class TorchBackend:
         kv = KvTensors(self._recipe.shapes, config.kv_tokens, stage.dtype)
         tail = None if self._recipe.exit is None else Tail(self._recipe.exit, config.on_logits)
         self._packed = PackedStep(self._recipe, kv, self._range, width=spec.hidden_size, dtype=stage.dtype, tail=tail)
+        self._context = min(spec.context_tokens, self._recipe.limit or spec.context_tokens)
         self._extents = Extents(config.kv_tokens)
         self._sessions: dict[SessionId, OpenSession] = {}
         self._running: frozenset[SessionId] = frozenset()
@@ -161,7 +162,7 @@ class TorchBackend:
             raise SessionRefused(f"logit_bias names token {biased}, the vocabulary has {self._spec.vocab_size}")
         base = self._extents.reserve(spec.lease_tokens)
         sampler = SessionSampler(spec.sampling, spec.prompt_tokens, self._spec.vocab_size) if self._is_last else None
-        self._sessions[spec.session] = OpenSession(spec, base, SessionCells(spec.lease_tokens), sampler)
+        self._sessions[spec.session] = OpenSession(spec, base, SessionCells(spec.lease_tokens, self._context), sampler)
 
     def close(self, session: SessionId) -> None:
         found = self._sessions.pop(session, None)
