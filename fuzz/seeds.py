@@ -18,6 +18,7 @@ from farflung.core.messages import (
     Grant,
     Have,
     Hello,
+    Ids,
     Message,
     Open,
     OpenText,
@@ -77,6 +78,7 @@ MESSAGES: tuple[Message, ...] = (
     Grant(64),
     Evicted(100),
     Renew(),
+    Ids((SlotSpan(8, 1), SlotSpan(10, 1))),
     Close("done"),
     Report(_NODES[0], 3, 4, 1.5, 900, 2, 0.5, 100, 5, bytes(32), bytes(32)),
 )
@@ -86,6 +88,7 @@ def frame_seeds() -> list[bytes]:
     """For the target ``frames``."""
     whole = [b"".join(encode_frame(message)) for message in MESSAGES]
     whole.append(b"".join(encode_frame(MESSAGES[5], [bytes(range(64)), b"ids"])))
+    whole.append(b"".join(encode_frame(Ids((SlotSpan(8, 2),)), [np.array([5, 7], "<i4").tobytes()])))
     stream = b"".join(b"".join(piece) for at, frame in enumerate(whole) for piece in fragments(2 * at, 1, [frame], 64))
     rows = np.random.default_rng(0).standard_normal((2, 130), np.float32)
     return [

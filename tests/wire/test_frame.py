@@ -25,6 +25,7 @@ from farflung.core.messages import (
     Grant,
     Have,
     Hello,
+    Ids,
     Message,
     Open,
     Ping,
@@ -85,6 +86,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Grant, small),
     st.builds(Evicted, small),
     st.builds(Renew),
+    st.builds(Ids, st.lists(spans, max_size=4).map(tuple)),
     st.builds(Close, st.text()),
     st.builds(Report, st.text(max_size=64).map(NodeId), small, small, rates, small, small, rates, small),
 )
