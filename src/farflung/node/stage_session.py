@@ -26,6 +26,7 @@ from farflung.node.opening import Opening, key_of
 from farflung.node.ports import SessionHost
 from farflung.node.row_log import RowLog
 from farflung.node.successor import Successor, say_goodbye
+from farflung.node.token_ids import check_vocabulary, only_buffer, token_ids
 from farflung.protocol.events import (
     Forward,
     IdsReceived,
@@ -224,7 +225,7 @@ class StageSession:
         window, payload = pending.window, pending.payload
         self._step_queue_ms = 1e3 * (asyncio.get_running_loop().time() - pending.at_s)
         is_first = self.opening.index == 0
-        ids = np.frombuffer(payload, dtype="<i4") if is_first else np.array(self.state.step_ids, dtype="<i4")
+        ids = token_ids(payload) if is_first else np.array(self.state.step_ids, dtype="<i4")
         return StageWork(
             session=self.id,
             runs=window.runs,
@@ -284,9 +285,9 @@ class StageSession:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _receive(self, window: Window, frame: Frame) -> None:
-        payload = _only_buffer(frame)
+        payload = only_buffer(frame)
         if self.opening.index == 0:
-            self._check_ids(payload)
+            check_vocabulary(payload, self.host.vocab_size)
         self.seen_s = asyncio.get_running_loop().time()
         queued = len(self.state.queue)
         self.feed(WindowReceived(window, payload, self.seen_s))
@@ -294,21 +295,13 @@ class StageSession:
             self.meter.received(slots_of(pending.window), pending.payload)
 
     def _receive_ids(self, message: Ids, frame: Frame) -> None:
-        ids, count = _only_buffer(frame), sum(span.count for span in message.slots)
+        ids, count = only_buffer(frame), sum(span.count for span in message.slots)
         check_ids(self.state, count)
         if len(ids) != count * ID_BYTES:
             raise ProtocolViolation(f"the tokens of {count} slots came with {len(ids)} bytes")
-        self._check_ids(ids)
+        check_vocabulary(ids, self.host.vocab_size)
         slots = tuple(slot for span in message.slots for slot in span)
-        self.feed(IdsReceived(slots, tuple(np.frombuffer(ids, dtype="<i4").tolist())))
-
-    def _check_ids(self, ids: memoryview) -> None:
-        if not ids or len(ids) % ID_BYTES:
-            return  # a size that does not fit is told by the rules
-        found = np.frombuffer(ids, dtype="<i4")
-        low, high = int(found.min()), int(found.max())
-        if low < 0 or high >= self.host.vocab_size:
-            raise ProtocolViolation(f"token ids {low}..{high} are outside the vocabulary of {self.host.vocab_size}")
+        self.feed(IdsReceived(slots, tuple(token_ids(ids).tolist())))
 
     def _feed_or_end(self, event: StageEvent) -> None:
         with self._ending_on_errors():
@@ -363,10 +356,3 @@ class StageSession:
     def _let_go(self, line: Line | None) -> None:
         if line is not None:
             line.release()
-
-
-def _only_buffer(frame: Frame) -> memoryview:
-    """Raises ProtocolViolation unless there is exactly one."""
-    if len(frame.buffers) != 1:
-        raise ProtocolViolation(f"a {type(frame.message).__name__} carries {len(frame.buffers)} buffers, expected one")
-    return memoryview(frame.buffers[0])
