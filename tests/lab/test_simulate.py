@@ -71,6 +71,16 @@ def test_plan_and_simulation_agree_within_five_percent_on_decode_and_on_prefill(
     assert rows[3]["floor_ratio"] <= 1.2  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("net", PROFILES)
+def test_the_driver_s_own_chunk_is_near_the_floor_once_links_are_warm(net: str) -> None:
+    load = Load(name="prefill", prompt_tokens=512, max_tokens=1, chunk_tokens=0, sessions=8, one_by_one=True)
+    made = scenario(net, load)
+    plan, simulated = rows_of(made, simulate(made))
+    assert simulated["ttft_floor_ratio"] <= 1.2  # type: ignore[operator]
+    assert simulated["driver_up_bytes"] < 4000  # type: ignore[operator]
+    assert plan["chunk_tokens"] == simulated["chunk_tokens"]
+
+
 def comparable(done: Simulated) -> list[tuple[object, ...]]:
     return [
         (name, run.driver, run.began_s, run.ended_s, run.error, run.stats.token_ids, run.stats.inter_token_s)

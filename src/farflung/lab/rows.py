@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, quantiles
+from statistics import fmean, median, median_low, quantiles
 
 from farflung.core.ids import NodeId
 from farflung.lab.access import Access
@@ -18,6 +18,9 @@ from farflung.lab.simulate import SessionRun, Simulated
 from farflung.planning.cost import Cost, Curve, decode_cost, prefill_cost
 
 Row = dict[str, object]
+
+_Key = tuple[str, tuple[NodeId, ...], int, int]
+"""Driver, route, tokens of the prompt and of each window."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,19 @@ def rows_of(scenario: Scenario, done: Simulated) -> list[Row]:
     members = _members(scenario, done.node_names)
     rows: list[Row] = []
     for load in scenario.load:
-        costs: dict[tuple[str, tuple[NodeId, ...], int], tuple[Cost, Cost]] = {}
+        costs: dict[_Key, tuple[Cost, Cost]] = {}
         runs = done.runs[load.name]
         ended = [run for run in runs if not run.error and run.stats.ttft_s is not None]
         found = []
         for run in ended:
             hops = () if run.stats.route is None else run.stats.route.hops
-            key = run.driver, tuple(hop.node_id for hop in hops), run.stats.prompt_tokens
+            key = run.driver, tuple(hop.node_id for hop in hops), run.stats.prompt_tokens, run.stats.chunk_tokens
             if key not in costs:
                 costs[key] = _costs(scenario, load, members, key)
             found.append(costs[key])
         common = _common(scenario, load, members)
+        if ended:
+            common["chunk_tokens"] = median_low(run.stats.chunk_tokens for run in ended)
         if ended:
             rows.append({**common, "rung": "plan", **_planned(load, found)})
         rows.append({**common, "rung": "simulate", **_simulated(scenario, runs, ended, found)})
@@ -58,17 +63,15 @@ def _members(scenario: Scenario, names: Mapping[NodeId, str]) -> dict[str, _Memb
     return by_name | {node_id: by_name[name] for node_id, name in names.items()}
 
 
-def _costs(
-    scenario: Scenario, load: Load, members: Mapping[str, _Member], key: tuple[str, tuple[NodeId, ...], int]
-) -> tuple[Cost, Cost]:
-    driver, hops, prompt_tokens = key
+def _costs(scenario: Scenario, load: Load, members: Mapping[str, _Member], key: _Key) -> tuple[Cost, Cost]:
+    driver, hops, prompt_tokens, chunk_tokens = key
     ring = plan_ring(
         members[driver].access,
         [(members[hop].access, members[hop].curve) for hop in hops],
         codec_name=load.codecs[0],
         hidden_size=scenario.model.hidden_size,
     )
-    return decode_cost(ring), prefill_cost(ring, prompt_tokens, load.chunk_tokens)
+    return decode_cost(ring), prefill_cost(ring, prompt_tokens, chunk_tokens)
 
 
 def _common(scenario: Scenario, load: Load, members: Mapping[str, _Member]) -> Row:

@@ -121,20 +121,30 @@ def prefill_cost(ring: Ring, prompt_tokens: int, chunk_tokens: int) -> Cost:
     """
     if prompt_tokens < 1 or chunk_tokens < 1:
         raise UsageError(f"a prompt of {prompt_tokens} tokens in chunks of {chunk_tokens} is none")
-    chunks = _chunks(prompt_tokens, min(chunk_tokens, ring.step_rows))
-    draws = _DRAWS if any(leg.jitter_std_s for leg in ring.legs) else 1
-    expected_s = fmean(_pipeline_s(ring, chunks, Random(draw)) for draw in range(draws))  # noqa: S311 - jitter
+    expected_s = _expected_s(ring, prompt_tokens, chunk_tokens)
     floor_s = min(_pipeline_s(ring, _chunks(prompt_tokens, chunk), None) for chunk in _FLOOR_CHUNKS)
     return Cost(expected_s, min(floor_s, expected_s))
 
+
+def _expected_s(ring: Ring, prompt_tokens: int, chunk_tokens: int) -> float:
+    chunks = _chunks(prompt_tokens, min(chunk_tokens, ring.step_rows))
+    draws = _DRAWS if any(leg.jitter_std_s for leg in ring.legs) else 1
+    return fmean(_pipeline_s(ring, chunks, Random(draw)) for draw in range(draws))  # noqa: S311 - jitter
+
+
+LONGEST_LOOKED_AT = 4096
 
 _DRAWS = 32
 """Of jitter, always the same ones: lateness adds up along a pipeline whose legs are all busy, which no formula here tells."""
 
 
 def choose_chunk(ring: Ring, prompt_tokens: int) -> int:
-    """Prompt tokens per window that should bring the first token soonest; of equal ones the most."""
-    costs = {chunk: prefill_cost(ring, prompt_tokens, chunk).expected_s for chunk in CHUNKS}
+    """Prompt tokens per window that should bring the first token soonest; of equal ones the most.
+
+    Of a long prompt the first ``LONGEST_LOOKED_AT`` tokens are looked at, some 20 ms of work: beyond, what is best stays so.
+    """
+    tokens = min(prompt_tokens, LONGEST_LOOKED_AT)
+    costs = {chunk: _expected_s(ring, tokens, chunk) for chunk in CHUNKS}
     return min(costs, key=lambda chunk: (costs[chunk], -chunk))
 
 

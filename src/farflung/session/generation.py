@@ -7,7 +7,8 @@ not on that path.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import dataclasses
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from msgspec.structs import replace
 
 from farflung.core.errors import DeadlineExceeded, FarflungError, SessionRefused, StageLost, UsageError
 from farflung.core.ids import NodeId, short
-from farflung.core.messages import OpenText
+from farflung.core.messages import OpenText, StageTime
+from farflung.core.route import Route
 from farflung.core.sampling import TokenLogprob
 from farflung.protocol.credit import SlotCredit
 from farflung.protocol.driver import (
@@ -59,6 +61,8 @@ class GenerationSetup:
         plan: prompt, lengths and end tokens.
         output: makes text of the tokens, and knows where it stops.
         answer_timeout_s: the longest wait for one token.
+        chunk_tokens: prompt tokens per window on a route; None: as planned.
+        learn: told what became of a window at every stage of a route.
     """
 
     ring: RingPorts
@@ -66,6 +70,8 @@ class GenerationSetup:
     plan: GenerationPlan
     output: TextOutput
     answer_timeout_s: float
+    chunk_tokens: Callable[[Route], int] | None = None
+    learn: Callable[[Route, Sequence[StageTime]], None] = lambda route, timeline: None
 
 
 class Generation:
@@ -140,7 +146,11 @@ class Generation:
     async def _attempt(self, opening: OpenText) -> AsyncGenerator[Token, None]:
         """One route, to the end of the text or to a failure."""
         self.stats.route = opening.route
-        self._state = replace(self._state, slots=SlotCredit(len(opening.route.hops)))
+        plan = self._state.plan
+        if self._setup.chunk_tokens is not None:
+            plan = dataclasses.replace(plan, chunk_tokens=self._setup.chunk_tokens(opening.route))
+        self.stats.chunk_tokens = plan.chunk_tokens
+        self._state = replace(self._state, plan=plan, slots=SlotCredit(len(opening.route.hops)))
         ring = self._ring = Ring(self._setup.ring, opening, self._feed_or_fail)
         keeping = asyncio.create_task(ring.run(), name=f"ring of session {short(opening.session)}")
         try:
@@ -213,6 +223,8 @@ class Generation:
                     self._emitted.put_nowait(effect)
                 case Timed():
                     self.stats.timelines.append(effect.timeline)
+                    if self.stats.route is not None:
+                        self._setup.learn(self.stats.route, effect.timeline)
                 case Finish():
                     if self._ring is not None:
                         self._ring.say_goodbye(effect.reason)  # whoever reads the tokens may take long: leases end now

@@ -15,7 +15,7 @@ class GenerateOptions:
     stop: strings that end the text; they are not part of it.
     codecs: how rows may be coded between stages, in order of preference: ``fp32``, ``bf16``, ``int8``, ``int4``.
     ignore_eos: go on past the model's end-of-text token (for measurements).
-    chunk_tokens: prompt tokens per window.
+    chunk_tokens: prompt tokens per window; 0: what the planner finds best on the route (``session.chunks``).
     batch: it can wait: stages serve interactive sessions first.
     answer_timeout_s: the longest wait for one token; prefill of a long prompt included.
     """
@@ -25,6 +25,6 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     codecs: tuple[str, ...] = ("int8",)
     ignore_eos: bool = False
-    chunk_tokens: int = 128
+    chunk_tokens: int = 0
     batch: bool = False
     answer_timeout_s: float = 120.0

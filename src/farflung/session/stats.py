@@ -50,7 +50,7 @@ class GenerationStats:
 
     Attributes:
         route: the stages that compute it.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; chunk_tokens: of it in each window.
         token_ids, text: what was generated so far.
         ttft_s: from asking to the first token, dialling included; None before it.
         inter_token_s: time between tokens as they arrived.
@@ -63,6 +63,7 @@ class GenerationStats:
 
     route: Route | None = None
     prompt_tokens: int = 0
+    chunk_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     ttft_s: float | None = None

@@ -22,6 +22,7 @@ from farflung.identity.swarm_key import SwarmKey
 from farflung.planning.routes import RouteOptions, choose_route
 from farflung.protocol.driver import GenerationPlan, plan_generation
 from farflung.protocol.opening import LEASE_S, OPENING_VALID_S
+from farflung.session.chunks import DEFAULT_CHUNK_TOKENS, Chunks, Prompt
 from farflung.session.generation import Generation, GenerationSetup
 from farflung.session.options import GenerateOptions
 from farflung.session.ring import RingPorts
@@ -88,6 +89,7 @@ class Swarm:
         self._directory_url = directory_url
         self._roster = Roster(ports.directory, Query(model=spec.digest))
         self._pool = LinkPool(ports.transport, self._addresses_of, dial_timeout_s=find_timeout_s + 0.5)
+        self._chunks = Chunks()
         self._stack = AsyncExitStack()
 
     @classmethod
@@ -168,7 +170,7 @@ class Swarm:
             max_tokens=options.max_tokens,
             vocab_size=self.spec.vocab_size,
             end_tokens=end_tokens,
-            chunk_tokens=options.chunk_tokens,
+            chunk_tokens=options.chunk_tokens or DEFAULT_CHUNK_TOKENS,
             tells_ids=options.sampling.needs_history,
         )
         return Generation(
@@ -185,6 +187,8 @@ class Swarm:
                     StopStrings(options.stop) if options.stop else None,
                 ),
                 answer_timeout_s=options.answer_timeout_s,
+                chunk_tokens=None if options.chunk_tokens else lambda route: self._chunk_tokens(route, plan, options),
+                learn=self._chunks.learn,
             )
         )
 
@@ -212,6 +216,20 @@ class Swarm:
                 hint="use the same weight files: compare `farflung models inspect` on both machines",
             )
         return self._route_over(everything, options)
+
+    def _chunk_tokens(self, route: Route, plan: GenerationPlan, options: GenerateOptions) -> int:
+        nodes = {hop.node_id for hop in route.hops}
+        round_trips = {link.peer: link.stats.round_trip_s for link in self._pool.links if link.peer in nodes}
+        return self._chunks.choose(
+            Prompt(
+                tokens=len(plan.prompt),
+                route=route,
+                codec_name=options.codecs[0],
+                hidden_size=self.spec.hidden_size,
+                curves={record.node_id: record.t_curve_ms for record in self._roster.records if record.node_id in nodes},
+                round_trips_s={node: time_s for node, time_s in round_trips.items() if time_s is not None},
+            )
+        )
 
     def _is_served(self, records: Sequence[NodeRecord]) -> bool:
         return any(record.digest == self.spec.digest and record.status == "serving" for record in records)
