@@ -66,7 +66,7 @@ def test_of_a_long_prompt_a_part_is_looked_at_and_nothing_twice() -> None:
     ring = ring_over([CURVE] * 4, [Leg()] * 5, codec_name="int8", hidden_size=8192)
     assert choose_chunk(ring, 32_768) == choose_chunk(ring, LONGEST_LOOKED_AT)
     chunks = Chunks()
-    assert chunks.choose(prompt(4000)) == chunks.choose(prompt(4001))
+    assert chunks.choose(prompt(4010)) == chunks.choose(prompt(4020))
     assert len(chunks._chosen) == 1
 
 
