@@ -95,7 +95,8 @@ async def half_open(host: str, port: int) -> None:
             sock.setblocking(False)
             sock.bind((STRANGER, 0))
             with suppress(OSError):
-                await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, (host, port)), 1.0)
+                async with asyncio.timeout(1.0):
+                    await asyncio.get_running_loop().sock_connect(sock, (host, port))
                 if number % 2:
                     sock.send(greeting)
             held.append(sock)

@@ -278,7 +278,7 @@ def test_frames_for_nobody_are_dropped_and_without_end_they_end_their_link() -> 
     async def scenario(pair: Pair) -> None:
         pair.pool._on_new_line = lambda line, frame: None  # wants none of them
         link = await pair.dial_back()
-        for _ in range(4000):
+        for _ in range(2000):
             link.send(2, numbered(1), Priority.DECODE)
         await asyncio.sleep(1)
         assert link.is_up

@@ -112,7 +112,10 @@ class FrameLink:
         if self._handler is not None:
             raise UsageError(f"the link to node {short(self.peer)} has a handler already")
         self._handler = handler
-        self._loop.call_soon(self._serve_held, handler)
+        if self._held or self._state is _State.LOST:
+            self._loop.call_soon(self._serve_held, handler)
+        else:
+            self._held = None  # the rest of this very read goes to the handler, which may have enough of it
 
     def new_channel(self) -> int:
         channel = self._next_channel
@@ -250,6 +253,7 @@ class FrameLink:
                 f"{self._source} opens sessions faster than {self._openings.per_s:g} a second", hint="try again in a moment"
             )
             self.send(channel, Frame(Fault(self._me, error.code, error.message, error.hint)), Priority.CONTROL)
+            self.idle_frame()
             return
         if self._held is None:
             if self._handler is not None:

@@ -50,8 +50,8 @@ class LinkConfig:
         max_queued_bytes_in_all: on all links of a node; over it the link that holds most is ended.
         openings_burst: openings of sessions and owners' lines from one address at once; 0.15 ms each, for the signature.
         openings_per_s: of them, for long. What is more is refused.
-        idle_frames_burst: pings, and frames on channels that nobody holds, from one address at once. A session that ends has
-            some hundred on their way.
+        idle_frames_burst: pings, openings that are refused for their number, and frames on channels that nobody holds, from one
+            address at once; 0.03 ms each. A session that ends has some hundred on their way.
         idle_frames_per_s: of them, for long. A link that brings more is ended.
         max_partial_frames: channels that may have a frame half received at a time.
         max_partial_bytes: of frames half received on all links of a node; over it the link that holds most is ended.
@@ -66,8 +66,8 @@ class LinkConfig:
     max_queued_bytes_in_all: int = 512 * 1024**2
     openings_burst: int = 1024
     openings_per_s: float = 256.0
-    idle_frames_burst: int = 4096
-    idle_frames_per_s: float = 512.0
+    idle_frames_burst: int = 2048
+    idle_frames_per_s: float = 256.0
     max_partial_frames: int = 256
     max_partial_bytes: int = 256 * 1024**2
 
