@@ -43,6 +43,7 @@ OPTIONS = {
     "T 1": SamplingOptions(temperature=1.0, seed=1),
     "T 1, penalties": SamplingOptions(temperature=1.0, seed=1, **PENALTIES),
     "T 2, top-p 0.95": SamplingOptions(temperature=2.0, top_p=0.95, seed=1),
+    "T 100, top-p 0.9": SamplingOptions(temperature=100.0, top_p=0.9, seed=1),
 }
 
 

@@ -34,7 +34,9 @@ def draw(candidates: Candidates, greatest: float, temperature: float, key: Noise
         return _best(ids, scale(logits, greatest, temperature), noise_words(key, position, ids))[1]
     floor = np.float32(greatest + _HEAD_FLOOR * temperature)
     head = np.flatnonzero(logits >= floor)
-    winner = _best(ids[head], scale(logits[head], greatest, temperature), noise_words(key, position, ids[head]))
+    if len(head) == len(ids):
+        return _best_of_head(ids, scale(logits, greatest, temperature), noise_words(key, position, ids))[1]
+    winner = _best_of_head(ids[head], scale(logits[head], greatest, temperature), noise_words(key, position, ids[head]))
     best = -winner[0]
     # Outside the head nothing is scaled above the ceiling: a token there needs this word at least.
     ceiling = min(0.0, float(scale(np.array([floor]), greatest, temperature)[0]))
@@ -56,6 +58,16 @@ def _in_reach(logits: NDArray[np.float32], greatest: float, low: float, temperat
     margin = 1e-6 * abs(greatest) + 1e-5 * temperature  # more than rounding to float32 takes away
     above = logits >= np.float32(greatest + low * temperature - margin)
     return None if np.count_nonzero(above) > _DENSE * len(logits) else np.flatnonzero(above)
+
+
+def _best_of_head(ids: Ids, scaled: NDArray[np.float64], words: Words) -> tuple[float, int]:
+    """As ``_best``, of scaled logits up to 0: where they are many (a flat row), the noise only of words that can still win."""
+    if len(ids) > _FEW:
+        luckiest = int(np.argmax(words))
+        score = float(scaled[luckiest] + gumbel(words[luckiest : luckiest + 1])[0])
+        lucky = np.flatnonzero(words >= np.uint32(min(least_word(score), int(words[luckiest]))))
+        ids, scaled, words = ids[lucky], scaled[lucky], words[lucky]
+    return _best(ids, scaled, words)
 
 
 def _best(ids: Ids, scaled: NDArray[np.float64], words: Words) -> tuple[float, int]:

@@ -1,8 +1,10 @@
 """Which tokens stay candidates: top-k, top-p, min-p.
 
 Tokens are ordered by falling logit, equal ones by rising id, and each truncation keeps a beginning of that order; hence no
-full sort: only the logits above a floor are looked at, and the floor is lowered until it is low enough. Never their indices
-are sorted, which takes thrice as long: the least logit kept says which tokens they are.
+full sort: only the logits above a floor are looked at, and the floor is lowered until it is low enough. Where many lie above it
+(a great temperature, a flat row), sums over bins of logits say which bin holds the last one kept, and that alone is sorted: a
+third of the time for 150,000 logits at temperature 100. Never indices are sorted, which takes thrice as long as values: the
+least logit kept says which tokens they are.
 
 Called with overflow allowed (``np.errstate(over="ignore")``): a logit too far below the greatest is scaled to -inf.
 """
@@ -20,6 +22,11 @@ from farflung.core.sampling import SamplingOptions
 
 _FLOORS = (-8.0, -11.0, -15.0, -20.0)
 """Scaled logits above which the kept tokens may all lie, tried in turn. Of Qwen and Gemma, 15 to 900 lie above the first."""
+
+_BINS = 4096
+_SORTED = 2048  # up to here, sorting costs less than summing bins
+_ROUNDS = 3  # each finer by as many bins; more are needed only of rows made for it
+_NO_MASS = 746.0  # exp of a scaled logit so far below 0 is 0
 
 _NEVER = np.float32(-np.inf)
 _LEAST_TEMPERATURE = 1e-30  # that float32 can divide by
@@ -93,16 +100,44 @@ def nucleus(candidates: Candidates, greatest: float, temperature: float, top_p: 
 
     Probabilities are those of the softmax over ``candidates``, at the temperature.
     """
-    goal = top_p * mass(candidates.logits, greatest, temperature)
-    head = candidates
-    for floor in _floors(greatest, temperature):
-        head = _of(candidates, _above(candidates.logits, floor))
-        if np.exp(scale(head.logits, greatest, temperature)).sum() >= goal:
+    goal = 0.0
+    for number, floor in enumerate(_floors(greatest, temperature)):
+        above = _above(candidates.logits, floor)
+        head = _of(candidates, above) if len(above) < len(candidates.ids) else candidates
+        scaled = scale(head.logits, greatest, temperature)
+        weights = np.exp(scaled)
+        total = float(weights.sum())
+        if not number:
+            goal = top_p * (total + _mass_without(above, candidates.logits, greatest, temperature))
+        if total >= goal:
             break
-    falling = np.sort(head.logits)[::-1]
+    passed, logits = 0, head.logits  # so many are kept for certain, and what comes after them in order is looked at
+    for _ in range(_ROUNDS):
+        if len(logits) <= _SORTED or (bins := _bins(scaled)) is None:
+            break
+        sums = np.cumsum(np.bincount(bins, weights, _BINS))
+        last = min(int(np.searchsorted(sums, goal)), _BINS - 1)
+        if last:
+            goal -= float(sums[last - 1])
+            passed += int(np.count_nonzero(bins < last))
+        inside = bins == last
+        logits, scaled, weights = logits[inside], scaled[inside], weights[inside]
+    falling = np.sort(logits)[::-1]
     reached = np.cumsum(np.exp(scale(falling, greatest, temperature)))
     count = int(np.searchsorted(reached, goal)) + 1  # beyond all where rounding kept their sum just below the goal
-    return _of(head, _first(head.logits, count, falling[min(count, len(falling)) - 1]))
+    return _of(head, _first(head.logits, passed + count, falling[min(count, len(falling)) - 1]))
+
+
+def _bins(scaled: NDArray[np.float64]) -> NDArray[np.intp] | None:
+    """The bin of each, of equal widths, from 0 for the greatest; no greater logit is in a later one. None: all are equal."""
+    top = float(scaled.max())
+    span = top - max(float(scaled.min()), top - _NO_MASS)
+    if not span > 0.0:
+        return None
+    bins = top - scaled
+    bins *= _BINS / span
+    np.minimum(bins, _BINS - 1, out=bins)
+    return bins.astype(np.intp)
 
 
 def mass(logits: NDArray[np.float32], greatest: float, temperature: float) -> float:
@@ -111,15 +146,20 @@ def mass(logits: NDArray[np.float32], greatest: float, temperature: float) -> fl
     The others are each less than e^-8 of the likeliest; what float32 loses there is below one millionth of their share.
     """
     head = _above(logits, greatest + _FLOORS[0] * temperature)
-    total = float(np.exp(scale(logits[head], greatest, temperature)).sum())
+    weights = np.exp(scale(logits[head], greatest, temperature))
+    return float(weights.sum()) + _mass_without(head, logits, greatest, temperature)
+
+
+def _mass_without(head: NDArray[np.intp], logits: NDArray[np.float32], greatest: float, temperature: float) -> float:
+    """Of the logits that are not in ``head``, in float32."""
     if len(head) == len(logits):
-        return total
+        return 0.0
     rest = logits - np.float32(greatest)
     if temperature != 1.0:
         rest /= np.float32(max(temperature, _LEAST_TEMPERATURE))
     np.exp(rest, out=rest)
     rest[head] = 0.0
-    return total + float(rest.sum())
+    return float(rest.sum())
 
 
 def _of(candidates: Candidates, indices: NDArray[np.intp]) -> Candidates:
