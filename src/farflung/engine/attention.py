@@ -95,12 +95,14 @@ class StepAttention:
 def _rows_of(rows: torch.Tensor, group: Group) -> torch.Tensor:
     """Rows [rows of the pass, heads, width] of the group's segments, [segments, rows, heads, width]; a view where they are
     neighbours in order."""
-    count, first = len(group.starts), group.starts[0]
-    if all(start == first + index * group.rows for index, start in enumerate(group.starts)):
-        chosen = rows[first : first + count * group.rows]
-    else:
+    count = len(group.starts)
+    if group.first_row is None:
         chosen = rows[group.row_order]
-    return chosen.unflatten(0, (count, group.rows))
+    elif count * group.rows == len(rows):
+        chosen = rows
+    else:
+        chosen = rows[group.first_row : group.first_row + count * group.rows]
+    return chosen[None] if count == 1 else chosen.unflatten(0, (count, group.rows))
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group, scores: Scores) -> torch.Tensor:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from farflung.engine.kernels import Int4, Int8, Int8Maker, Int8Weights, Kernel, Packed, Plain, int4_of, int8_of
-from farflung.engine.quantise import GROUP, INT4_BYTES, quantise_int4, quantise_int8
+from farflung.engine.kernels import Int4, Int8, Int8Maker, Int8Weights, Kernel, Packed, Plain, int4_of
+from farflung.engine.quantise import GROUP, INT4_BYTES, quantise_int4
 
 Quantised = Literal["int8", "int4"]
 """Weights narrower than activations, which are bf16 then."""
@@ -70,7 +70,7 @@ class KernelPlan:
             if self.quantised == "int4" and not is_head and inputs % GROUP == 0 and outputs % 16 == 0:
                 many = None if self.int4_rows is None else self.int8
                 return int4_of(weight, bias, many, self.int4_rows or 0)
-            return int8_of(weight, bias, self.int8)
+            return self.int8(weight, bias)
         return Packed(weight, bias) if self.packed else Plain(weight, bias)
 
 
@@ -118,14 +118,14 @@ def _packing_is_faster() -> bool:
 
 def _int8_maker() -> Int8Maker:
     """The faster of the right ones, at few rows and many."""
-    weight = quantise_int8(_trial_weight())
+    weight = _trial_weight()
     plain = Int8Weights(weight, None)
     if not torch.backends.mkldnn.is_available():
         return Int8Weights
     fast = Int8(weight, None)
     rows = torch.linspace(-1, 1, _MANY_ROWS * _TRIAL[1]).view(_MANY_ROWS, -1).bfloat16()
     extreme = torch.where(rows > 0, 1.0, -1.0).bfloat16()  # the greatest sums there are
-    expected = weight.values().T
+    expected = weight.T
     for given in (rows, extreme, extreme[:1]):
         right = given.float() @ expected
         if float((fast(given).float() - right).norm()) > _WRONG * float(right.norm()):
@@ -137,7 +137,7 @@ def _int4_rows(int8: Int8Maker) -> int | None:
     """The most rows that int4 multiplies faster than int8; None where it always does."""
     weight = _trial_weight()
     few = [Int4(quantise_int4(weight), None) for _ in range(_COLD)]
-    many = [int8(quantise_int8(weight), None) for _ in range(_COLD)]
+    many = [int8(weight, None) for _ in range(_COLD)]
     best = 0
     for count in _FEW_ROWS:
         rows = torch.ones((count, _TRIAL[1]), dtype=torch.bfloat16)

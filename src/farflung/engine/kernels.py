@@ -7,13 +7,12 @@ where that changes is measured (``kernel_plan``), machine by machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch.nn.functional import linear as multiply
 
-from farflung.engine.quantise import GROUP, Int4Weight, Int8Weight, quantise_int4, quantise_int8
+from farflung.engine.quantise import GROUP, Int4Weight, Rotation, quantise_int4, quantise_int8
 
 _ZERO = 128  # the code of 0 in rows: uint8 is what VNNI multiplies by int8
 
@@ -57,19 +56,21 @@ class Packed:
 
 
 class Int8:
-    """int8 weights and rows: every row is rounded to 255 steps of its own when it comes."""
+    """int8 weights and rows: every row is rotated and then rounded to 255 steps of its own when it comes."""
 
-    def __init__(self, weight: Int8Weight, bias: torch.Tensor | None) -> None:
-        outputs = len(weight.codes)
-        self._weight = torch.ops.onednn.qlinear_prepack(weight.codes, None)
-        self._scales, self._zeros = weight.scales, torch.zeros(outputs, dtype=torch.int32)
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        outputs, inputs = weight.shape
+        self._rotation = Rotation(inputs)
+        quantised = quantise_int8(weight, self._rotation)
+        self._weight = torch.ops.onednn.qlinear_prepack(quantised.codes, None)
+        self._scales, self._zeros = quantised.scales, torch.zeros(outputs, dtype=torch.int32)
         self._bias = None if bias is None else bias.float()
         self._outputs = outputs
         self._multiply = torch.ops.onednn.qlinear_pointwise.default
-        self.nbytes = weight.codes.nbytes + weight.scales.nbytes
+        self.nbytes = quantised.codes.nbytes + quantised.scales.nbytes
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        values = rows.reshape(-1, rows.shape[-1]).float()
+        values = self._rotation(rows.reshape(-1, rows.shape[-1]).float())
         if len(values) == 1:
             scale = max(float(values.abs().amax()), 1e-8) / 127
             codes = values.mul_(1 / scale).add_(_ZERO + 0.5).to(torch.uint8)  # cut off after half a step more: rounded
@@ -91,10 +92,11 @@ class Int8:
 class Int8Weights:
     """int8 weights, rows as they come: for processors whose int8 products overflow or are slow."""
 
-    def __init__(self, weight: Int8Weight, bias: torch.Tensor | None) -> None:
-        self._codes, self._scales = weight.codes, weight.scales.bfloat16()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        quantised = quantise_int8(weight)
+        self._codes, self._scales = quantised.codes, quantised.scales.bfloat16()
         self._bias = bias
-        self.nbytes = weight.codes.nbytes + self._scales.nbytes
+        self.nbytes = quantised.codes.nbytes + self._scales.nbytes
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
@@ -134,12 +136,7 @@ class Ladder:
         return self._few(rows) if rows.numel() <= self._few_rows * rows.shape[-1] else self._many(rows)
 
 
-Int8Maker = Callable[[Int8Weight, torch.Tensor | None], Kernel]
-
-
-def int8_of(weight: torch.Tensor, bias: torch.Tensor | None, make: Int8Maker) -> Kernel:
-    """A weight of floats as int8; ``make``: ``Int8`` or ``Int8Weights``."""
-    return make(quantise_int8(weight), bias)
+Int8Maker = type[Int8] | type[Int8Weights]
 
 
 def int4_of(weight: torch.Tensor, bias: torch.Tensor | None, many: Int8Maker | None, few_rows: int) -> Kernel:
@@ -147,4 +144,4 @@ def int4_of(weight: torch.Tensor, bias: torch.Tensor | None, many: Int8Maker | N
     values: what one row and many rows give differs by their rounding to int8 alone."""
     quantised = quantise_int4(weight)
     few = Int4(quantised, bias)
-    return few if many is None else Ladder(few, many(quantise_int8(quantised.values()), bias), few_rows)
+    return few if many is None else Ladder(few, many(quantised.values(), bias), few_rows)

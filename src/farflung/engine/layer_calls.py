@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,9 +89,16 @@ class LayerCall:
     arguments: dict[str, Any]
     past: str | None = None
 
+    @cached_property
+    def _changing(self) -> tuple[str, ...]:
+        """The arguments that are not the same in every pass."""
+        return tuple(name for name, value in self.arguments.items() if _has_rotary(value))
+
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, attention: Any, embeddings: list[Any]) -> torch.Tensor:
         """[1, rows, width] to [1, rows, width]. ``attention`` reaches our attention function as it is."""
-        arguments = {name: _filled(value, embeddings) for name, value in self.arguments.items()}
+        arguments = dict(self.arguments)
+        for name in self._changing:
+            arguments[name] = _filled(arguments[name], embeddings)
         if self.past is not None:
             arguments[self.past] = PastOfRows(positions)
         out = self.layer(hidden, position_ids=positions, farflung=attention, **arguments)
@@ -152,6 +160,12 @@ def rope_kinds(module: nn.Module) -> set[str]:
     if isinstance(kinds, dict):
         return {str(kind) for kind in kinds.values()}
     return set() if kinds is None else {str(kinds)}
+
+
+def _has_rotary(value: Any) -> bool:
+    if isinstance(value, (tuple, dict)):
+        return any(_has_rotary(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, FromRotary)
 
 
 def _filled(value: Any, embeddings: list[Any]) -> Any:

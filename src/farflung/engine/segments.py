@@ -88,9 +88,12 @@ class Segment:
     def _plan(self, window: int | None) -> Keys:
         low = 0 if window is None else max(0, self._first - window + 1)
         if self._slice is None or (window is not None and not self._cells.in_order(low, self._slice)):
-            visible = torch.from_numpy(self._cells.visible(self._rows, window))
-            mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(visible.logical_not_(), -torch.inf)
-            return Keys(self._base, self._base + visible.shape[1], mask)
+            seen = self._cells.visible(self._rows, window)
+            columns = seen.any(0).nonzero()[0]  # with a window, most of a long text is seen by no row
+            low, high = int(columns[0]), int(columns[-1]) + 1
+            visible = torch.from_numpy(seen[:, low:high])
+            mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(visible.logical_not(), -torch.inf)
+            return Keys(self._base + low, self._base + high, mask)
         causal = None if self.rows == 1 else causal_mask(self.rows, self._first - low, window, self._dtype)
         return Keys(self._base + low, self._base + self._first + self.rows, causal)
 
@@ -101,6 +104,7 @@ class Group:
     Attributes:
         rows: of each segment.
         starts: the first row in the pass of each.
+        first_row: where its rows begin, if they are neighbours in order; else None.
         low: the first cell of the first one's keys.
         stride: cells from one's first key to the next one's.
         length: cells that each meets.
@@ -111,6 +115,9 @@ class Group:
         """Of segments that ``groups_of`` has put together; ``dtype``: of the mask."""
         self.rows = segments[0].rows
         self.starts = [segment.start for segment in segments]
+        first = self.starts[0]
+        in_order = self.starts == list(range(first, first + len(segments) * self.rows, self.rows))
+        self.first_row = first if in_order else None
         self.low = keys[0].low
         self.stride = keys[1].low - keys[0].low if len(keys) > 1 else 0
         self.length = max(found.high - found.low for found in keys)

@@ -24,6 +24,7 @@ from farflung.engine.kv_pool import Extents, SessionCells
 from farflung.engine.kv_tensors import KvTensors
 from farflung.engine.linear import swap_linears
 from farflung.engine.loader import Finish, StageModule, load_stage
+from farflung.engine.norms import fuse_norms
 from farflung.engine.packed_step import OpenSession, PackedStep, context_tokens
 from farflung.engine.recipe import learn_recipe
 from farflung.engine.shared_inputs import shared_inputs
@@ -85,6 +86,7 @@ def _finish(model: Config, layers: LayerRange, config: BackendConfig) -> Finish:
     plan = kernel_plan(config.quantised, weights=found.weights, budget=config.weight_bytes)
 
     def finish(module: nn.Module, layer: int | None) -> nn.Module:
+        fuse_norms(module)
         groups = () if layer is None else found.groups[layer]
         return swap_linears(module, plan, groups, is_head=layer is None)
 
