@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from models import HIDDEN, VOCABULARY, tiny_model, whole_model
 
 from farflung.core.errors import StageFailed
@@ -18,16 +16,12 @@ from farflung.core.ids import SessionId
 from farflung.core.model import LayerRange
 from farflung.core.sampling import SamplingOptions
 from farflung.core.window import NO_SLOT, Commit, SlotRun, spans_of
-from farflung.engine.attention import Scores, StepAttention
 from farflung.engine.backend import SessionSpec, StageWork
 from farflung.engine.kv_pool import NewRows, SessionCells
-from farflung.engine.kv_tensors import KvShape, KvTensors
 from farflung.engine.loader import load_stage
 from farflung.engine.safetensors_source import SafetensorsSource
-from farflung.engine.segments import PAD_KEYS, PassPlan, Segment, even_runs, groups_of
+from farflung.engine.segments import PAD_KEYS, Segment, even_runs, groups_of
 from farflung.engine.torch_backend import BackendConfig, TorchBackend, load_backend
-
-HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
 @pytest.mark.parametrize(
@@ -70,36 +64,6 @@ def packed(lengths: list[tuple[int, int]], new: int) -> list[Packed]:
 
 def segments_of(sessions: list[Packed]) -> list[Segment]:
     return [session.segment(index * len(session.rows.slots)) for index, session in enumerate(sessions)]
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 150), st.integers(0, 80)), min_size=1, max_size=9),
-    st.sampled_from([1, 2, 5]),
-    st.sampled_from([None, 4, 40]),
-    st.sampled_from([None, 20.0]),
-)
-def test_shared_calls_equal_a_call_for_each_session(
-    lengths: list[tuple[int, int]], new: int, window: int | None, softcap: float | None
-) -> None:
-    sessions = packed(lengths, new)
-    segments = segments_of(sessions)
-    cells = torch.cat([torch.from_numpy(session.rows.cells + session.base) for session in sessions])
-    groups = list(groups_of(segments, window, torch.float32))
-    assert sorted(row for group in groups for row in group.row_order) == list(range(len(cells)))
-    random = torch.Generator().manual_seed(len(cells))
-    kv = KvTensors({0: KvShape(KV_HEADS, WIDTH, WIDTH)}, sum(held + new + spare for held, spare in lengths), torch.float32)
-    kv.keys[0].normal_(generator=random)
-    kv.values[0].normal_(generator=random)
-    query = torch.randn((1, HEADS, len(cells), WIDTH), generator=random)
-    key, value = (torch.randn((1, KV_HEADS, len(cells), WIDTH), generator=random) for _ in range(2))
-    scores = Scores(WIDTH**-0.5, window, softcap, None)
-    shared = StepAttention(kv, cells, PassPlan(segments, torch.float32)).attend(0, query, key, value, scores)
-    for index, session in enumerate(sessions):
-        rows = slice(index * new, (index + 1) * new)
-        found = StepAttention(kv, cells[rows], PassPlan([session.segment(0)], torch.float32)).attend(
-            0, query[:, :, rows], key[:, :, rows], value[:, :, rows], scores
-        )
-        assert torch.allclose(found, shared[:, rows], rtol=1e-5, atol=1e-5)
 
 
 def test_sessions_of_one_lease_and_about_one_length_share_a_call_and_others_do_not() -> None:
