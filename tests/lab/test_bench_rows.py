@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from farflung.lab.bench.many import many_row
 from farflung.lab.bench.member import Answer, Measured
 from farflung.lab.bench.prefill import prefill_row
 from farflung.lab.bench.report import decode_plot, decode_table, many_plot, many_table, prefill_plot, prefill_table
+from farflung.lab.bench.rungs import measured_link, plan_row, replayed, simulate_row, with_ratios
 from farflung.lab.net.profiles import named_connection
 
 
@@ -102,14 +104,14 @@ def test_the_table_and_the_picture_show_every_row() -> None:
 
 def test_a_prefill_row_stands_beside_the_floor_and_the_cold_request() -> None:
     wanted = case(backend="replay", prompt_tokens=512)
-    ring = wanted.ring(8192, [wanted.replay_curve()] * 2)
-    row = prefill_row(wanted, ring, 64, measured(0, same=True), [measured(0, same=True)] * 3)
+    known = replace(replayed(wanted), chunk_tokens=64)
+    row = prefill_row(wanted, known, measured(0, same=True), [measured(0, same=True)] * 3)
     assert {"net", "prompt_tokens", "ttft_s", "floor_s", "floor_ratio", "driver_up_bytes", "cold_ttft_s"} <= set(row)
     floor_s = float(str(row["floor_s"]))
     assert floor_s >= 512 * 8192 * 1.0195 / 2.5e6  # an uplink of 20 Mbps has to carry the rows once
     assert row["floor_ratio"] == pytest.approx(0.5 / floor_s, rel=1e-3)
     assert float(str(row["planned_s"])) >= floor_s
-    assert f"| cable | 512 | 64 | 0.50 (0.50-0.50) | {floor_s:.2f} |" in prefill_table([row])
+    assert f"| cable | 512 | 64 | 0.500 (0.50-0.50) | {floor_s:.3f} |" in prefill_table([row])
     assert "seconds to the first token" in prefill_plot([row], "prefill")
 
 
@@ -117,7 +119,9 @@ def test_a_prefill_row_stands_beside_the_floor_and_the_cold_request() -> None:
     ("words", "said"),
     [
         (["dream"], "no suite 'dream'"),
-        (["decode", "--rung", "plan"], "'plan' is not run here"),
+        (["decode", "--rung", "plan,dream"], "no rung 'dream'"),
+        (["many", "--rung", "plan"], "many is emulated only"),
+        (["decode", "--rung", "plan", "--net", "fiber"], "not known beforehand"),
         (["decode", "--net", "fibre"], "no network profile 'fibre'"),
         (["decode", "--net", "fiber", "--rtt-ms", "3"], "exclude each other"),
         (["decode", "--backend", "dream"], "'dream' is unknown"),
@@ -129,6 +133,29 @@ def test_a_benchmark_that_cannot_be_run_is_refused_before_anything_starts(
     monkeypatch.setenv("FARFLUNG_DEFAULTS", "off")
     assert run(["lab", "bench", *words]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("suite", ["decode", "prefill"])
+@pytest.mark.parametrize("net", ["fiber", "cable+jittery"])
+def test_the_rungs_of_one_case_stand_side_by_side(suite: str, net: str) -> None:
+    wanted = case(net, backend="replay", prompt_tokens=200, tokens=8)
+    known = replayed(wanted)
+    plan, simulated = with_ratios(suite, [plan_row(suite, wanted, known), simulate_row(suite, wanted, known)])
+    assert (plan["rung"], simulated["rung"], simulated["same_tokens"], simulated["failed"]) == ("plan", "simulate", True, 0)
+    assert "to_rung_below" not in plan
+    assert simulated["to_rung_below"] == pytest.approx(1, abs=0.05 if net == "fiber" else 0.25)
+    table = {"decode": decode_table, "prefill": prefill_table}[suite]([plan, simulated])
+    assert f"| {net} | simulate | {simulated['to_rung_below']:.3f} |" in table
+
+
+def test_a_slow_link_is_planned_for_as_it_was_measured() -> None:
+    wanted = case("intercontinental", backend="replay", prompt_tokens=512)
+    known = replayed(wanted)
+    slow = replace(known, link_bytes_per_s=2e6)
+    assert replace(wanted, reached_bytes_per_s=2e6).access.up_bytes_per_s == pytest.approx(2e6)
+    assert plan_row("prefill", wanted, slow)["floor_s"] > plan_row("prefill", wanted, known)["floor_s"]  # type: ignore[operator]
+    assert measured_link([[1.0, 9.0], [2.0, 0.0]]) == 2.0
+    assert measured_link([[1.0, 0.0]]) is measured_link([]) is None
 
 
 def test_many_sessions_stand_beside_one_alone() -> None:

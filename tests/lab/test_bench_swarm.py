@@ -22,7 +22,7 @@ def test_a_replayed_model_decodes_over_a_lossy_line_and_every_token_is_its_path_
     require_lab()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     line = named_connection("cable+lossy")
-    row = asyncio.run(decode(Case(net="cable+lossy", connection=line, backend="replay", stages=2, tokens=24, repeats=1)))
+    row, _ = asyncio.run(decode(Case(net="cable+lossy", connection=line, backend="replay", stages=2, tokens=24, repeats=1)))
     assert row["same_tokens"] is True
     assert row["net"] == "cable+lossy"
     assert all_folders() == []

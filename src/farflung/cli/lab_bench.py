@@ -26,7 +26,7 @@ SUITES = {"decode": 64, "prefill": 512, "many": 64}
 @app.command(
     epilog=examples(
         "farflung lab bench decode --net fiber,cable --backend real --stages 3 --model gemma3-270m --out out",
-        "farflung lab bench decode --backend replay --stages 4 --repeat 5",
+        "farflung lab bench decode --backend replay --stages 4 --rung plan,simulate,emulate",
         "farflung lab bench decode --rtt-ms 80 --up-mbps 10 --backend replay --json | jq '.rows[].floor_ratio'",
     )
 )
@@ -58,7 +58,7 @@ def bench(
     sessions: Annotated[int, typer.Option("--sessions", min=1, max=512, help="Together, in the suite many.")] = 8,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Medians are reported, with the least and the most.")] = 3,
     traces: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Recorded paths for replay.")] = None,
-    rung: Annotated[str, typer.Option("--rung", help="emulate; see also 'farflung lab simulate'.")] = "emulate",
+    rung: Annotated[str, typer.Option("--rung", metavar="RUNG,...", help="plan, simulate, emulate, side by side.")] = "emulate",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of prompts, jitter and losses.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write JSON, Markdown and SVG there.")] = None,
     json: Json = False,
@@ -73,8 +73,7 @@ def bench(
 
         if suite not in SUITES:
             raise UsageError(f"there is no suite {suite[:40]!r}", hint=f"there are {', '.join(SUITES)}")
-        if rung != "emulate":
-            raise UsageError(f"--rung {rung[:40]!r} is not run here", hint="the virtual clock has 'farflung lab simulate'")
+        rungs = _rungs(rung, suite)
         by_hand = {
             "rtt_ms": rtt_ms,
             "up_mbps": up_mbps,
@@ -102,21 +101,42 @@ def bench(
             )
             for name, connection in connections(net, by_hand)
         ]
-        rows = asyncio.run(_run(output, suite, cases))
+        rows = asyncio.run(_run(output, suite, cases, rungs))
         output.json({"suite": suite, "rows": rows})
         _write(output, suite, cases[0], rows, out)
 
 
-async def _run(out: Output, suite: str, cases: list[Case]) -> list[dict[str, Any]]:
+def _rungs(words: str, suite: str) -> list[str]:
+    from farflung.lab.bench.rungs import RUNGS
+
+    asked = words.split(",")
+    if unknown := [rung for rung in asked if rung not in RUNGS]:
+        raise UsageError(f"there is no rung {unknown[0][:40]!r}", hint=f"there are {', '.join(RUNGS)}")
+    if suite not in ("decode", "prefill") and asked != ["emulate"]:
+        raise UsageError(f"the suite {suite} is emulated only", hint="the virtual clock has 'farflung lab simulate'")
+    return [rung for rung in RUNGS if rung in asked]
+
+
+async def _run(out: Output, suite: str, cases: list[Case], rungs: list[str]) -> list[dict[str, Any]]:
     from farflung.lab.bench.decode import decode
     from farflung.lab.bench.many import many
     from farflung.lab.bench.prefill import prefill
+    from farflung.lab.bench.rungs import plan_row, replayed, simulate_row, with_ratios
 
     measure = {"decode": decode, "prefill": prefill, "many": many}[suite]
-    rows = []
+    rows: list[dict[str, Any]] = []
     async with cancelled_by_sigterm():
         for case in cases:
-            rows.append(await measure(case, lambda what, case=case: out.note(f"{case.net}: {what} ...")))  # type: ignore[misc]
+            found: dict[str, dict[str, Any]] = {}
+            known = None
+            if "emulate" in rungs:  # first: the others are told what it measured
+                found["emulate"], known = await measure(case, lambda what, case=case: out.note(f"{case.net}: {what} ..."))  # type: ignore[misc]
+            if "plan" in rungs:
+                found["plan"] = plan_row(suite, case, known or replayed(case))
+            if "simulate" in rungs:
+                out.note(f"{case.net}: simulating ...")
+                found["simulate"] = await asyncio.to_thread(simulate_row, suite, case, known or replayed(case))
+            rows += with_ratios(suite, [found[rung] for rung in rungs])
     return rows
 
 
@@ -136,7 +156,7 @@ def _write(out: Output, suite: str, case: Case, rows: list[dict[str, Any]], fold
     files = {
         "json": json_format.dumps({"suite": suite, "rows": rows}, indent=1) + "\n",
         "md": table,
-        "svg": plot_of(rows, title),
+        "svg": plot_of([row for row in rows if row["rung"] == rows[-1]["rung"]], title),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

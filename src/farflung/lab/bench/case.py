@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Case:
         tokens: decoded in each repeat, after a warm-up.
         sessions: that run together in the suite ``many``.
         traces: folder of recorded paths for ``replay``.
+        reached_bytes_per_s: what warm links of it were measured to reach; None: what its profile is known for.
     """
 
     net: str
@@ -54,6 +56,7 @@ class Case:
     repeats: int = 3
     seed: int = 1
     traces: Path | None = None
+    reached_bytes_per_s: float | None = None
     by_hand: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -69,11 +72,11 @@ class Case:
 
     @property
     def access(self) -> Access:
-        """The same line as the planner sees it; where it is a known profile, with the rate that a warm stream reaches."""
+        """The same line as the planner sees it, with the rate that a warm stream reaches: measured, or known of a profile."""
         name = self.net.partition("+")[0]
         base = profile(name) if name in PROFILES else Access()
         line = self.connection
-        return dataclasses.replace(
+        found = dataclasses.replace(
             base,
             up_mbps=line.up_mbps,
             down_mbps=line.down_mbps,
@@ -81,20 +84,24 @@ class Case:
             jitter_ms=line.total_jitter_ms,
             loss_pct=line.loss_pct,
         )
+        if self.reached_bytes_per_s is None or not found.up_mbps:
+            return found
+        of_all = dataclasses.replace(found, reached_share=1.0).up_bytes_per_s or math.inf
+        return dataclasses.replace(found, reached_share=min(1.0, self.reached_bytes_per_s / of_all))
 
     def topology(self) -> Topology:
         """Driver and stages on the network in question; the directory, through which no token passes, close to all."""
         members = [LabNode(name, self.net, self.connection) for name in (DRIVER, *self.stage_names)]
         return Topology((LabNode(DIRECTORY, "lan", PROFILES["lan"]), *members), seed=self.seed)
 
-    def about(self) -> dict[str, object]:
+    def about(self, rung: str = "emulate") -> dict[str, object]:
         """What every row says of its case."""
         return {
             **(self.by_hand or {"net": self.net}),
             "backend": self.backend,
             "model": self.model,
             "stages": self.stages,
-            "rung": "emulate",
+            "rung": rung,
             "codec": self.codec,
         }
 

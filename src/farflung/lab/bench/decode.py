@@ -12,10 +12,9 @@ from statistics import median, quantiles
 
 from farflung.lab.bench.case import Case
 from farflung.lab.bench.member import Measured, Request
+from farflung.lab.bench.rungs import Measures, Row
 from farflung.lab.bench.swarm import LabSwarm, lab_swarm
-from farflung.planning.cost import decode_cost
-
-Row = dict[str, object]
+from farflung.planning.cost import Curve, decode_cost
 
 WARM_UP_TOKENS = 48
 SETTLE_S = 4.0
@@ -28,8 +27,8 @@ async def warm_up(case: Case, swarm: LabSwarm) -> None:
     await asyncio.sleep(SETTLE_S)
 
 
-async def decode(case: Case, progress: Callable[[str], object] = lambda _: None) -> Row:
-    """One row. Raises LabUnavailable, LabError, DeadlineExceeded."""
+async def decode(case: Case, progress: Callable[[str], object] = lambda _: None) -> tuple[Row, Measures]:
+    """One row, and what the rungs below need for theirs. Raises LabUnavailable, LabError, DeadlineExceeded."""
     async with lab_swarm(case, progress) as swarm:
         progress("warming up")
         await warm_up(case, swarm)
@@ -38,7 +37,15 @@ async def decode(case: Case, progress: Callable[[str], object] = lambda _: None)
             progress(f"decoding, {repeat + 1} of {case.repeats}")
             request = Request(case.prompt_tokens, case.tokens + 1, seed=case.seed + repeat, codec=case.codec)
             runs.append(await swarm.generate(request))
-        return decode_row(case, swarm.hidden_size, runs)
+        known = Measures(hidden_size=swarm.hidden_size, curves=decode_curves(case, runs))
+        return decode_row(case, swarm.hidden_size, runs), known
+
+
+def decode_curves(case: Case, runs: Sequence[Measured]) -> tuple[Curve, ...]:
+    """Of each stage: the replayed one, or the time of its decode steps."""
+    if case.backend == "replay":
+        return (case.replay_curve(),) * case.stages
+    return tuple(((1, median(column)),) for column in zip(*(run.stage_ms for run in runs), strict=True))
 
 
 def decode_row(case: Case, hidden_size: int, runs: Sequence[Measured]) -> Row:
@@ -78,5 +85,4 @@ def decode_row(case: Case, hidden_size: int, runs: Sequence[Measured]) -> Row:
 
 def floor_ms(case: Case, hidden_size: int, run: Measured) -> float:
     """The least that one token can take on that ring."""
-    curves = [case.replay_curve()] * case.stages if case.backend == "replay" else [((1, ms),) for ms in run.stage_ms]
-    return 1e3 * decode_cost(case.ring(hidden_size, curves)).floor_s
+    return 1e3 * decode_cost(case.ring(hidden_size, decode_curves(case, [run]))).floor_s

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 
 from farflung.lab.bench.case import Case
-from farflung.lab.bench.decode import Row, floor_ms, warm_up
+from farflung.lab.bench.decode import floor_ms, warm_up
 from farflung.lab.bench.member import Answer, Measured, Request
+from farflung.lab.bench.rungs import Row
 from farflung.lab.bench.swarm import lab_swarm
 
 
-async def many(case: Case, progress: Callable[[str], object] = lambda _: None) -> Row:
-    """One row. Raises LabUnavailable, LabError, DeadlineExceeded."""
+async def many(case: Case, progress: Callable[[str], object] = lambda _: None) -> tuple[Row, None]:
+    """One row; the rungs below have none for it. Raises LabUnavailable, LabError, DeadlineExceeded."""
     async with lab_swarm(case, progress) as swarm:
         progress("warming up")
         await warm_up(case, swarm)
@@ -23,7 +24,7 @@ async def many(case: Case, progress: Callable[[str], object] = lambda _: None) -
             alone.append(await swarm.generate(one))
             all_of_them = Request(one.prompt_tokens, one.max_tokens, one.seed, one.codec, sessions=case.sessions)
             together.append(await swarm.generate_together(all_of_them))
-        return many_row(case, swarm.hidden_size, alone, together)
+        return many_row(case, swarm.hidden_size, alone, together), None
 
 
 def many_row(case: Case, hidden_size: int, alone: Sequence[Measured], together: Sequence[Answer]) -> Row:

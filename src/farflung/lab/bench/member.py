@@ -81,7 +81,7 @@ class Request(msgspec.Struct, frozen=True):
     max_tokens: int
     seed: int
     codec: str = "int8"
-    chunk_tokens: int = 128
+    chunk_tokens: int = 0
     sessions: int = 1
 
 
@@ -92,6 +92,8 @@ class Measured(msgspec.Struct, frozen=True):
         stage_ms: of each stage, the median of its decode steps as it timed them itself.
         same_tokens: they were the ones that the path has (of a replay; else None).
         curves: T-curve of each stage, as it announced it.
+        chunk_tokens: of the prompt in each window.
+        link_bytes_per_s: at which each stage but the last saw its bytes arrive at the next; 0: not measured.
     """
 
     ttft_s: float
@@ -105,6 +107,8 @@ class Measured(msgspec.Struct, frozen=True):
     same_tokens: bool | None
     curves: list[list[tuple[int, float]]]
     reconnects: int
+    chunk_tokens: int = 0
+    link_bytes_per_s: list[float] = []
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -195,6 +199,8 @@ async def _generate(
         same_tokens=None if tokens is None else list(stats.token_ids) == tokens.continuation(prompt, request.max_tokens),
         curves=curves,
         reconnects=stats.reconnects,
+        chunk_tokens=stats.chunk_tokens,
+        link_bytes_per_s=[stage.bytes_per_s for stage in list(stats.timelines)[-1][:-1]] if stats.timelines else [],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -19,59 +19,64 @@ def name_of(row: Row) -> str:
 
 def decode_table(rows: Sequence[Row]) -> str:
     """The suite ``decode`` in Markdown."""
-    lines = [
-        "| net | tokens/s | ms/token p50 | p95 | floor ms | x floor | bytes/value | stages ms |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    titles = ("tokens/s", "ms/token p50", "p95", "floor ms", "x floor", "bytes/value", "stages ms")
+    return _table(rows, titles, _decode_cells)
+
+
+def _decode_cells(row: Row) -> tuple[str, ...]:
+    times = row["inter_token_ms"]
+    return (
+        f"{row['tokens_per_s']:.2f}",
+        f"{times['p50']:.1f}" + (f" ({times['min']:.1f}-{times['max']:.1f})" if "min" in times else ""),
+        f"{times['p95']:.1f}",
+        f"{row['floor_ms']:.1f}",
+        f"{row['floor_ratio']:.3f}",
+        f"{row['bytes_per_value']:.3f}" if "bytes_per_value" in row else "",
+        " ".join(f"{ms:.1f}" for ms in row.get("stage_ms", ())),
+    )
+
+
+def _table(rows: Sequence[Row], titles: Sequence[str], cells_of: Callable[[Row], Sequence[str]]) -> str:
+    """With columns for rungs where there are several."""
+    ladder = len({row["rung"] for row in rows}) > 1
+    shown = ("net", *(("rung", "x rung below") if ladder else ()), *titles)
+    lines = ["| " + " | ".join(shown) + " |", "|---|" + "---:|" * (len(shown) - 1)]
     for row in rows:
-        times = row["inter_token_ms"]
-        cells = (
-            name_of(row),
-            f"{row['tokens_per_s']:.2f}",
-            f"{times['p50']:.1f} ({times['min']:.1f}-{times['max']:.1f})",
-            f"{times['p95']:.1f}",
-            f"{row['floor_ms']:.1f}",
-            f"{row['floor_ratio']:.3f}",
-            f"{row['bytes_per_value']:.3f}",
-            " ".join(f"{ms:.1f}" for ms in row["stage_ms"]),
-        )
+        ratio = f"{row['to_rung_below']:.3f}" if "to_rung_below" in row else ""
+        cells = (name_of(row), *((row["rung"], ratio) if ladder else ()), *cells_of(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def prefill_table(rows: Sequence[Row]) -> str:
     """The suite ``prefill`` in Markdown."""
-    lines = [
-        "| net | prompt | chunk | first token s | floor s | x floor | cold s | driver up bytes |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        cells = (
-            name_of(row),
-            f"{row['prompt_tokens']}",
-            f"{row['chunk_tokens']}",
-            f"{row['ttft_s']:.2f} ({row['ttft_s_min']:.2f}-{row['ttft_s_max']:.2f})",
-            f"{row['floor_s']:.2f}",
-            f"{row['floor_ratio']:.3f}",
-            f"{row['cold_ttft_s']:.2f}",
-            f"{row['driver_up_bytes']}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    titles = ("prompt", "chunk", "first token s", "floor s", "x floor", "cold s", "link Mbps", "driver up bytes")
+    return _table(rows, titles, _prefill_cells)
+
+
+def _prefill_cells(row: Row) -> tuple[str, ...]:
+    return (
+        f"{row['prompt_tokens']}",
+        f"{row['chunk_tokens']}",
+        f"{row['ttft_s']:.3f}" + (f" ({row['ttft_s_min']:.2f}-{row['ttft_s_max']:.2f})" if "ttft_s_min" in row else ""),
+        f"{row['floor_s']:.3f}",
+        f"{row['floor_ratio']:.3f}",
+        f"{row['cold_ttft_s']:.2f}" if "cold_ttft_s" in row else "",
+        f"{row['link_mbps']:.0f}" if row.get("link_mbps") else "",
+        f"{row['driver_up_bytes']}" if "driver_up_bytes" in row else "",
+    )
 
 
 def many_table(rows: Sequence[Row]) -> str:
     """The suite ``many`` in Markdown."""
-    lines = [
-        "| net | sessions | tokens/s of all | of one alone | ms/token p50 | p95 | x floor of one |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        times = row["inter_token_ms"]
-        figures = (row["total_tokens_per_s"], row["single_tokens_per_s"], times["p50"], times["p95"])
-        cells = (name_of(row), f"{row['sessions']}", *(f"{figure:.1f}" for figure in figures), f"{row['floor_ratio']:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    titles = ("sessions", "tokens/s of all", "of one alone", "ms/token p50", "p95", "x floor of one")
+    return _table(rows, titles, _many_cells)
+
+
+def _many_cells(row: Row) -> tuple[str, ...]:
+    times = row["inter_token_ms"]
+    figures = (row["total_tokens_per_s"], row["single_tokens_per_s"], times["p50"], times["p95"])
+    return (f"{row['sessions']}", *(f"{figure:.1f}" for figure in figures), f"{row['floor_ratio']:.3f}")
 
 
 def decode_plot(rows: Sequence[Row], title: str) -> str:
