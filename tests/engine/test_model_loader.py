@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import FAMILIES, tiny_model, whole_model
+from safetensors.torch import load_file, save_file
 
 from farflung.core.errors import CorruptWeights, DigestMismatch, NotAModel, UnsupportedModel, UsageError
 from farflung.core.ids import ModelDigest
@@ -223,6 +224,14 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, family: str) 
         with pytest.raises(UnsupportedModel, match="m: family 'spoon' is code that comes with the model"):
             load_stage(source_of(path), LayerRange(0, 2), torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+def test_two_tensors_for_one_parameter_are_refused_by_name(tmp_path: Path) -> None:
+    path = tiny_model("llama", tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {"norm.weight": tensors["model.norm.weight"] * 2}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"'model.norm.weight' and 'norm.weight' are both its model.norm.weight"):
+        load_stage(source_of(path), LayerRange(0, 2), torch.float32)
 
 
 def test_a_layer_that_no_file_holds_is_named(tmp_path: Path) -> None:

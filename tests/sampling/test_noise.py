@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,3 +85,31 @@ def test_many_words_are_those_made_one_by_one() -> None:
     ids = np.arange(40_000, dtype=np.uint32)
     some = np.concatenate([noise_words(noise_key(3, 0), 9, part) for part in np.array_split(ids, 40)])
     assert np.array_equal(noise_words(noise_key(3, 0), 9, ids), some)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        'raise AttributeError("another library has no such attribute")',
+        'raise SystemError("made for another Python")',
+        "class config: DISABLE_JIT = True\nnjit = uint32 = uint64 = None",
+        "class config: DISABLE_JIT = False\nuint32 = uint64 = None\n"
+        "def njit(*_, **__):\n    from numba.core.errors import NumbaError\n    raise NumbaError('it does not compile')",
+    ],
+    ids=["attribute", "system", "switched off", "does not compile"],
+)
+def test_a_numba_that_is_broken_or_switched_off_is_done_without(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numba" / "core").mkdir(parents=True)
+    (tmp_path / "numba" / "__init__.py").write_text(module)
+    (tmp_path / "numba" / "core" / "__init__.py").touch()
+    (tmp_path / "numba" / "core" / "errors.py").write_text("class NumbaError(Exception): ...")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert words_kernel.__wrapped__() is None
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+            del sys.modules[name]

@@ -43,7 +43,7 @@ class Origin:
 def parameter_origins(skeleton: Skeleton, stored: Collection[str], model: str) -> Mapping[str, Origin]:
     """Origin of every parameter of ``skeleton`` that ``stored`` tensors fill. ``model``: its name, for errors.
 
-    Raises UnsupportedModel for a stored tensor without a place.
+    Raises UnsupportedModel for a stored tensor without a place, and for two in one place.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
@@ -65,13 +65,22 @@ def parameter_origins(skeleton: Skeleton, stored: Collection[str], model: str) -
                 continue
             raise UnsupportedModel(f"{model}: tensor {name!r} has no place in {type(skeleton).__name__}")
         if pattern is None:
+            _refuse_second(found, parameter, name, model)
             found[parameter] = Origin((name,))
         else:
             groups.setdefault(parameter, []).append((pattern, name))
     rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     for parameter, group in groups.items():
-        found |= _converted(skeleton, rule_of[group[0][0]], parameter, group, expected)
+        made = _converted(skeleton, rule_of[group[0][0]], parameter, group, expected)
+        for target, origin in made.items():
+            _refuse_second(found, target, origin.names[0], model)
+        found |= made
     return found
+
+
+def _refuse_second(found: Mapping[str, Origin], parameter: str, name: str, model: str) -> None:
+    if parameter in found:
+        raise UnsupportedModel(f"{model}: tensors {found[parameter].names[0]!r} and {name!r} are both its {parameter}")
 
 
 def _converted(

@@ -1,7 +1,9 @@
 """Loads one stage: the real ``transformers`` class with only its layers, filled tensor by tensor.
 
 A stage reads and holds its own share: its layers, the embedding where it is the first, final norm and head where it is the last
-(a tied head needs the embedding's tensor too). Peak memory is the stage plus one tensor.
+(a tied head needs the embedding's tensor too). Peak memory is the stage plus one tensor; a parameter that is put together of
+several (all experts of a layer, in most families that have them) is there up to three times while it is: as its parts, as what
+they are stacked to, and as the whole.
 """
 
 from __future__ import annotations

@@ -88,11 +88,11 @@ class Segment:
     def _plan(self, window: int | None) -> Keys:
         low = 0 if window is None else max(0, self._first - window + 1)
         if self._slice is None or (window is not None and not self._cells.in_order(low, self._slice)):
-            seen = self._cells.visible(self._rows, window)
-            columns = seen.any(0).nonzero()[0]  # with a window, most of a long text is seen by no row
+            visible = torch.from_numpy(self._cells.visible(self._rows, window))
+            columns = visible.any(0).nonzero()  # with a window, most of a long text is seen by no row
             low, high = int(columns[0]), int(columns[-1]) + 1
-            visible = torch.from_numpy(seen[:, low:high])
-            mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(visible.logical_not(), -torch.inf)
+            hidden = visible[:, low:high].logical_not()
+            mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
             return Keys(self._base + low, self._base + high, mask)
         causal = None if self.rows == 1 else causal_mask(self.rows, self._first - low, window, self._dtype)
         return Keys(self._base + low, self._base + self._first + self.rows, causal)

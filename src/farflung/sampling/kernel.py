@@ -16,12 +16,19 @@ WordsKernel = Callable[[int, int, int, NDArray[np.uint32], NDArray[np.uint32]], 
 """(key low, key high, position, ids, out): see ``sampling.noise.noise_words``."""
 
 
+_BROKEN = (ImportError, OSError, AttributeError, SystemError)
+"""What a numba raises that does not fit the rest of the installation."""
+
+
 @cache
 def words_kernel() -> WordsKernel | None:
     """The compiled kernel, or None where numba cannot be had. The first call takes a second or two: make it before serving."""
     try:
-        from numba import njit, uint32, uint64
-    except (ImportError, OSError):  # not installed, not for this numpy, or a library that does not load
+        from numba import config, njit, uint32, uint64
+        from numba.core.errors import NumbaError
+    except _BROKEN:  # not installed, not for this numpy or this Python, or a library that does not load
+        return None
+    if config.DISABLE_JIT:  # the same in Python would take minutes
         return None
 
     def words(low: int, high: int, position: int, ids: NDArray[np.uint32], out: NDArray[np.uint32]) -> None:
@@ -40,5 +47,8 @@ def words_kernel() -> WordsKernel | None:
             out[i] = uint32(c0)
 
     signature = "void(uint64, uint64, uint64, uint32[::1], uint32[::1])"
-    compiled: WordsKernel = njit(signature, nogil=True)(words)
+    try:
+        compiled: WordsKernel = njit(signature, nogil=True)(words)
+    except (NumbaError, *_BROKEN):
+        return None
     return compiled
