@@ -15,7 +15,7 @@ from farflung.lab.bench.many import many_row
 from farflung.lab.bench.member import Answer, Measured
 from farflung.lab.bench.prefill import prefill_row
 from farflung.lab.bench.report import decode_plot, decode_table, many_plot, many_table, prefill_plot, prefill_table
-from farflung.lab.bench.rungs import measured_link, plan_row, replayed, simulate_row, with_ratios
+from farflung.lab.bench.rungs import measured_link, plan_row, reached, replayed, simulate_row, with_ratios
 from farflung.lab.net.profiles import named_connection
 
 
@@ -104,7 +104,7 @@ def test_the_table_and_the_picture_show_every_row() -> None:
 
 def test_a_prefill_row_stands_beside_the_floor_and_the_cold_request() -> None:
     wanted = case(backend="replay", prompt_tokens=512)
-    known = replace(replayed(wanted), chunk_tokens=64)
+    known = replace(replayed("prefill", wanted), chunk_tokens=64)
     row = prefill_row(wanted, known, measured(0, same=True), [measured(0, same=True)] * 3)
     assert {"net", "prompt_tokens", "ttft_s", "floor_s", "floor_ratio", "driver_up_bytes", "cold_ttft_s"} <= set(row)
     floor_s = float(str(row["floor_s"]))
@@ -139,7 +139,7 @@ def test_a_benchmark_that_cannot_be_run_is_refused_before_anything_starts(
 @pytest.mark.parametrize("net", ["fiber", "cable+jittery"])
 def test_the_rungs_of_one_case_stand_side_by_side(suite: str, net: str) -> None:
     wanted = case(net, backend="replay", prompt_tokens=200, tokens=8)
-    known = replayed(wanted)
+    known = replayed(suite, wanted)
     plan, simulated = with_ratios(suite, [plan_row(suite, wanted, known), simulate_row(suite, wanted, known)])
     assert (plan["rung"], simulated["rung"], simulated["same_tokens"], simulated["failed"]) == ("plan", "simulate", True, 0)
     assert "to_rung_below" not in plan
@@ -150,10 +150,12 @@ def test_the_rungs_of_one_case_stand_side_by_side(suite: str, net: str) -> None:
 
 def test_a_slow_link_is_planned_for_as_it_was_measured() -> None:
     wanted = case("intercontinental", backend="replay", prompt_tokens=512)
-    known = replayed(wanted)
+    known = replayed("prefill", wanted)
     slow = replace(known, link_bytes_per_s=2e6)
     assert replace(wanted, reached_bytes_per_s=2e6).access.up_bytes_per_s == pytest.approx(2e6)
     assert plan_row("prefill", wanted, slow)["floor_s"] > plan_row("prefill", wanted, known)["floor_s"]  # type: ignore[operator]
+    assert reached(wanted, 50e6) == reached(wanted, None) == wanted.access.up_bytes_per_s
+    assert reached(wanted, 1e6) == 1e6
     assert measured_link([[1.0, 9.0], [2.0, 0.0]]) == 2.0
     assert measured_link([[1.0, 0.0]]) is measured_link([]) is None
 

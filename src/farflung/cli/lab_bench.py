@@ -132,10 +132,10 @@ async def _run(out: Output, suite: str, cases: list[Case], rungs: list[str]) -> 
             if "emulate" in rungs:  # first: the others are told what it measured
                 found["emulate"], known = await measure(case, lambda what, case=case: out.note(f"{case.net}: {what} ..."))  # type: ignore[misc]
             if "plan" in rungs:
-                found["plan"] = plan_row(suite, case, known or replayed(case))
+                found["plan"] = plan_row(suite, case, known or replayed(suite, case))
             if "simulate" in rungs:
                 out.note(f"{case.net}: simulating ...")
-                found["simulate"] = await asyncio.to_thread(simulate_row, suite, case, known or replayed(case))
+                found["simulate"] = await asyncio.to_thread(simulate_row, suite, case, known or replayed(suite, case))
             rows += with_ratios(suite, [found[rung] for rung in rungs])
     return rows
 

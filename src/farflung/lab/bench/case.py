@@ -39,7 +39,7 @@ class Case:
         tokens: decoded in each repeat, after a warm-up.
         sessions: that run together in the suite ``many``.
         traces: folder of recorded paths for ``replay``.
-        reached_bytes_per_s: what warm links of it were measured to reach; None: what its profile is known for.
+        reached_bytes_per_s: what links of it reach, at most their rate; None: what the profile is known for.
     """
 
     net: str
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def access(self) -> Access:
-        """The same line as the planner sees it, with the rate that a warm stream reaches: measured, or known of a profile."""
+        """The same line as the planner sees it, with the rate that a warm stream reaches."""
         name = self.net.partition("+")[0]
         base = profile(name) if name in PROFILES else Access()
         line = self.connection

@@ -7,7 +7,9 @@ stages is their curve; that of real ones is what they timed themselves during th
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median, quantiles
 
 from farflung.lab.bench.case import Case
@@ -37,7 +39,7 @@ async def decode(case: Case, progress: Callable[[str], object] = lambda _: None)
             progress(f"decoding, {repeat + 1} of {case.repeats}")
             request = Request(case.prompt_tokens, case.tokens + 1, seed=case.seed + repeat, codec=case.codec)
             runs.append(await swarm.generate(request))
-        known = Measures(hidden_size=swarm.hidden_size, curves=decode_curves(case, runs))
+        known = Measures(hidden_size=swarm.hidden_size, curves=decode_curves(case, runs), link_bytes_per_s=math.inf)
         return decode_row(case, swarm.hidden_size, runs), known
 
 
@@ -85,4 +87,9 @@ def decode_row(case: Case, hidden_size: int, runs: Sequence[Measured]) -> Row:
 
 def floor_ms(case: Case, hidden_size: int, run: Measured) -> float:
     """The least that one token can take on that ring."""
-    return 1e3 * decode_cost(case.ring(hidden_size, decode_curves(case, [run]))).floor_s
+    return 1e3 * decode_cost(at_line_rate(case).ring(hidden_size, decode_curves(case, [run]))).floor_s
+
+
+def at_line_rate(case: Case) -> Case:
+    """The rows of one token fit into the first packets of any link: what congestion control makes of it does not slow them."""
+    return replace(case, reached_bytes_per_s=math.inf)

@@ -13,7 +13,7 @@ from farflung.core.errors import LabError
 from farflung.lab.bench.case import Case
 from farflung.lab.bench.decode import warm_up
 from farflung.lab.bench.member import Measured, Request
-from farflung.lab.bench.rungs import Measures, Row, measured_link
+from farflung.lab.bench.rungs import Measures, Row, measured_link, reached
 from farflung.lab.bench.swarm import lab_swarm
 from farflung.planning.cost import Curve, prefill_cost
 
@@ -35,7 +35,7 @@ async def prefill(case: Case, progress: Callable[[str], object] = lambda _: None
             hidden_size=swarm.hidden_size,
             curves=_curves(case, cold),
             chunk_tokens=median_low(run.chunk_tokens for run in runs),
-            link_bytes_per_s=measured_link([run.link_bytes_per_s for run in runs]),
+            link_bytes_per_s=reached(case, measured_link([run.link_bytes_per_s for run in runs])),
         )
         return prefill_row(case, known, cold, runs), known
 

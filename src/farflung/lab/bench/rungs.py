@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -29,7 +30,7 @@ class Measures:
         hidden_size: of the model.
         curves: T-curve of each stage.
         chunk_tokens: prompt tokens per window; 0: the planner's choice.
-        link_bytes_per_s: the rate that warm links between stages reached; None: what the profile is known for.
+        link_bytes_per_s: what links between stages reach, as for ``Case.reached_bytes_per_s``.
     """
 
     hidden_size: int
@@ -42,14 +43,15 @@ class Measures:
         return replace(case, reached_bytes_per_s=self.link_bytes_per_s).ring(self.hidden_size, self.curves)
 
 
-def replayed(case: Case) -> Measures:
+def replayed(suite: str, case: Case) -> Measures:
     """Of a replay everything is known beforehand. Raises UsageError for real stages."""
     if case.backend != "replay":
         raise UsageError(
             "what real stages take is not known beforehand",
             hint="add emulate to --rung, which measures it, or --backend replay",
         )
-    return Measures(hidden_size=REPLAY_HIDDEN, curves=(case.replay_curve(),) * case.stages)
+    rate = math.inf if suite == "decode" else None
+    return Measures(hidden_size=REPLAY_HIDDEN, curves=(case.replay_curve(),) * case.stages, link_bytes_per_s=rate)
 
 
 def plan_row(suite: str, case: Case, known: Measures) -> Row:
@@ -125,6 +127,12 @@ def measured_link(rates: Sequence[Sequence[float]]) -> float | None:
     one was not measured."""
     best = [max(column) for column in zip(*rates, strict=True)]
     return min(best, default=None) if all(best) else None
+
+
+def reached(case: Case, measured: float | None) -> float | None:
+    """The rate that a warm link of that network keeps up: what its profile is known for, unless bursts were slower."""
+    known = case.access.up_bytes_per_s
+    return min((rate for rate in (known, measured) if rate is not None), default=None)
 
 
 def _time(suite: str, row: Row) -> float:
