@@ -11,10 +11,19 @@ from farflung.cli.app import run
 from farflung.core.errors import UsageError
 from farflung.lab.bench.case import Case, connections
 from farflung.lab.bench.decode import decode_row
-from farflung.lab.bench.many import many_row
+from farflung.lab.bench.many import head_of_line_row, many_row
 from farflung.lab.bench.member import Answer, Measured
 from farflung.lab.bench.prefill import prefill_row
-from farflung.lab.bench.report import decode_plot, decode_table, many_plot, many_table, prefill_plot, prefill_table
+from farflung.lab.bench.report import (
+    decode_plot,
+    decode_table,
+    head_of_line_plot,
+    head_of_line_table,
+    many_plot,
+    many_table,
+    prefill_plot,
+    prefill_table,
+)
 from farflung.lab.bench.rungs import measured_link, plan_row, reached, replayed, simulate_row, with_ratios
 from farflung.lab.net.profiles import named_connection
 
@@ -121,6 +130,7 @@ def test_a_prefill_row_stands_beside_the_floor_and_the_cold_request() -> None:
         (["dream"], "no suite 'dream'"),
         (["decode", "--rung", "plan,dream"], "no rung 'dream'"),
         (["many", "--rung", "plan"], "many is emulated only"),
+        (["decode", "--case", "head-of-line"], "decode has no case 'head-of-line'"),
         (["decode", "--rung", "plan", "--net", "fiber"], "not known beforehand"),
         (["decode", "--net", "fibre"], "no network profile 'fibre'"),
         (["decode", "--net", "fiber", "--rtt-ms", "3"], "exclude each other"),
@@ -168,3 +178,12 @@ def test_many_sessions_stand_beside_one_alone() -> None:
     assert row["same_tokens"] is True
     assert "| cable | 2 | 20.0 | 14.3 |" in many_table([row])
     assert "tokens/s of all sessions" in many_plot([row], "many")
+
+
+def test_a_session_beside_another_s_long_prompt_stands_beside_itself_alone() -> None:
+    beside = Answer([measured(90, same=True), measured(0, same=True)], wall_s=2.1)
+    row = head_of_line_row(case(backend="replay"), 8192, [measured(75)] * 2, [beside] * 2)
+    assert row["p95_ratio"] == pytest.approx(1.2)
+    assert (row["tokens"], row["other_ttft_s"]) == (40, 0.5)
+    assert "| cable | 75.0 | 75.0 | 90.0 | 90.0 | 1.200 | 40 | 0.50 |" in head_of_line_table([row])
+    assert "95th percentile" in head_of_line_plot([row], "head of line")

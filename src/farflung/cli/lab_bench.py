@@ -55,6 +55,10 @@ def bench(
     codec: Annotated[str, typer.Option("--codec", help="Between stages.")] = "int8",
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=0, help="0: 64, and 512 for prefill.")] = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Decoded in each repeat, after a warm-up.")] = 64,
+    many_case: Annotated[
+        str,
+        typer.Option("--case", metavar="CASE", help="Of many: together, or head-of-line, one beside another's long prompt."),
+    ] = "together",
     sessions: Annotated[int, typer.Option("--sessions", min=1, max=512, help="Together, in the suite many.")] = 8,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Medians are reported, with the least and the most.")] = 3,
     traces: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Recorded paths for replay.")] = None,
@@ -73,7 +77,10 @@ def bench(
 
         if suite not in SUITES:
             raise UsageError(f"there is no suite {suite[:40]!r}", hint=f"there are {', '.join(SUITES)}")
+        if many_case not in ("together", "head-of-line") or (suite != "many" and many_case != "together"):
+            raise UsageError(f"{suite} has no case {many_case[:40]!r}", hint="many has together and head-of-line")
         rungs = _rungs(rung, suite)
+        kind = many_case if many_case == "head-of-line" else suite
         by_hand = {
             "rtt_ms": rtt_ms,
             "up_mbps": up_mbps,
@@ -101,9 +108,9 @@ def bench(
             )
             for name, connection in connections(net, by_hand)
         ]
-        rows = asyncio.run(_run(output, suite, cases, rungs))
+        rows = asyncio.run(_run(output, kind, cases, rungs))
         output.json({"suite": suite, "rows": rows})
-        _write(output, suite, cases[0], rows, out)
+        _write(output, kind, cases[0], rows, out)
 
 
 def _rungs(words: str, suite: str) -> list[str]:
@@ -119,11 +126,11 @@ def _rungs(words: str, suite: str) -> list[str]:
 
 async def _run(out: Output, suite: str, cases: list[Case], rungs: list[str]) -> list[dict[str, Any]]:
     from farflung.lab.bench.decode import decode
-    from farflung.lab.bench.many import many
+    from farflung.lab.bench.many import head_of_line, many
     from farflung.lab.bench.prefill import prefill
     from farflung.lab.bench.rungs import plan_row, replayed, simulate_row, with_ratios
 
-    measure = {"decode": decode, "prefill": prefill, "many": many}[suite]
+    measure = {"decode": decode, "prefill": prefill, "many": many, "head-of-line": head_of_line}[suite]
     rows: list[dict[str, Any]] = []
     async with cancelled_by_sigterm():
         for case in cases:
@@ -147,6 +154,7 @@ def _write(out: Output, suite: str, case: Case, rows: list[dict[str, Any]], fold
         "decode": (report.decode_table, report.decode_plot),
         "prefill": (report.prefill_table, report.prefill_plot),
         "many": (report.many_table, report.many_plot),
+        "head-of-line": (report.head_of_line_table, report.head_of_line_plot),
     }[suite]
     table = table_of(rows)
     out.write(table)

@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from farflung.core.errors import FarflungError, first_cause
+from farflung.core.errors import FarflungError, LabError, first_cause
 from farflung.core.model import LayerRange, ModelSpec
 from farflung.engine.replay_backend import ReplayBackend, ReplayConfig, ReplayModel
 from farflung.engine.replay_tokens import PathTokens, TokenSource, read_traces
@@ -35,6 +35,9 @@ from farflung.swarm.records import NodeRecord, Query
 from farflung.transport.hello import HELLO
 from farflung.transport.link import LinkConfig
 from farflung.transport.tcp import TcpTransport
+
+TOKENS_BEFORE_OTHER = 8
+"""Of a running session, before another begins beside it."""
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -75,7 +78,13 @@ class BenchDriver(msgspec.Struct, frozen=True, tag="driver"):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Generations that are begun together. Prompts are random ids, each of its own, so that no cache helps."""
+    """Generations that are begun together. Prompts are random ids, each of its own, so that no cache helps.
+
+    Attributes:
+        chunk_tokens: prompt tokens per window; 0: the driver chooses.
+        other_prompt_tokens: above 0: after some tokens of the one session another begins, with such a prompt, and both end with
+            its first token. Of the first session those times between tokens are told that lie in between.
+    """
 
     prompt_tokens: int
     max_tokens: int
@@ -83,6 +92,7 @@ class Request(msgspec.Struct, frozen=True):
     codec: str = "int8"
     chunk_tokens: int = 0
     sessions: int = 1
+    other_prompt_tokens: int = 0
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -164,14 +174,46 @@ async def drive(driver: BenchDriver) -> None:
 async def _answer(swarm: Swarm, directory: HttpDirectory, request: Request, tokens: PathTokens | None) -> Answer:
     loop = asyncio.get_running_loop()
     began_s = loop.time()
+    if request.other_prompt_tokens:
+        runs = await _beside_a_prompt(swarm, directory, request, tokens)
+        return Answer(runs, loop.time() - began_s)
     async with asyncio.TaskGroup() as group:
-        runs = [group.create_task(_generate(swarm, directory, request, number, tokens)) for number in range(request.sessions)]
-    return Answer([run.result() for run in runs], loop.time() - began_s)
+        tasks = [group.create_task(_generate(swarm, directory, request, number, tokens)) for number in range(request.sessions)]
+    return Answer([task.result() for task in tasks], loop.time() - began_s)
+
+
+async def _beside_a_prompt(
+    swarm: Swarm, directory: HttpDirectory, request: Request, tokens: PathTokens | None
+) -> list[Measured]:
+    """The running session, and the other one."""
+    prompt = Request(request.other_prompt_tokens, 1, request.seed, request.codec, request.chunk_tokens)
+    async with asyncio.TaskGroup() as group:
+        other: asyncio.Task[Measured] | None = None
+        first = 0
+
+        def goes_on(so_far: int) -> bool:
+            nonlocal other, first
+            if so_far == TOKENS_BEFORE_OTHER:
+                other = group.create_task(_generate(swarm, directory, prompt, 1, tokens))
+                first = so_far - 1
+            return other is None or not other.done()
+
+        running = await _generate(swarm, directory, request, 0, tokens, goes_on=goes_on)
+    if other is None:
+        raise LabError(f"{request.max_tokens} tokens are too few", hint=f"ask for more than {TOKENS_BEFORE_OTHER}")
+    return [msgspec.structs.replace(running, inter_token_s=running.inter_token_s[first:]), other.result()]
 
 
 async def _generate(
-    swarm: Swarm, directory: HttpDirectory, request: Request, number: int, tokens: PathTokens | None
+    swarm: Swarm,
+    directory: HttpDirectory,
+    request: Request,
+    number: int,
+    tokens: PathTokens | None,
+    *,
+    goes_on: Callable[[int], bool] = lambda so_far: True,
 ) -> Measured:
+    """One generation, as long as ``goes_on`` says of the number of tokens so far."""
     draw = Random(f"{request.seed} {number}")  # noqa: S311 - a prompt
     prompt = [draw.randrange(min(swarm.spec.vocab_size, 30_000)) for _ in range(request.prompt_tokens)]
     options = GenerateOptions(
@@ -180,7 +222,8 @@ async def _generate(
     generation = swarm.generate(prompt, options)
     async with aclosing(aiter(generation)) as stream:
         async for _ in stream:
-            pass
+            if not goes_on(len(generation.stats.token_ids)):
+                break
     stats, hops = generation.stats, generation.stats.route.hops if generation.stats.route is not None else ()
     timelines = [line for line in stats.timelines if len(line) == len(hops) and all(s.step_rows == 1 for s in line)]
     stage_ms = [median(line[index].step_ms for line in timelines) for index in range(len(hops))] if timelines else []
@@ -196,7 +239,7 @@ async def _generate(
         bytes_sent=stats.bytes_sent,
         stage_ms=stage_ms or [stage.decode_ms for stage in stats.stages],
         token_ids=list(stats.token_ids),
-        same_tokens=None if tokens is None else list(stats.token_ids) == tokens.continuation(prompt, request.max_tokens),
+        same_tokens=None if tokens is None else list(stats.token_ids) == tokens.continuation(prompt, len(stats.token_ids)),
         curves=curves,
         reconnects=stats.reconnects,
         chunk_tokens=stats.chunk_tokens,

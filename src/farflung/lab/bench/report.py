@@ -79,6 +79,25 @@ def _many_cells(row: Row) -> tuple[str, ...]:
     return (f"{row['sessions']}", *(f"{figure:.1f}" for figure in figures), f"{row['floor_ratio']:.3f}")
 
 
+def head_of_line_table(rows: Sequence[Row]) -> str:
+    """The case ``head-of-line`` of the suite ``many`` in Markdown."""
+    titles = ("ms/token alone p50", "p95", "beside the prompt p50", "p95", "p95 x", "tokens", "the other's first token s")
+    return _table(rows, titles, _head_of_line_cells)
+
+
+def _head_of_line_cells(row: Row) -> tuple[str, ...]:
+    times = [row[key][of] for key in ("alone_ms", "inter_token_ms") for of in ("p50", "p95")]
+    return (*(f"{time:.1f}" for time in times), f"{row['p95_ratio']:.3f}", f"{row['tokens']}", f"{row['other_ttft_s']:.2f}")
+
+
+def head_of_line_plot(rows: Sequence[Row], title: str) -> str:
+    """The 95th percentile of the time between tokens by network as SVG, beside a prompt and alone."""
+    reached = [float(row["inter_token_ms"]["p95"]) for row in rows]
+    alone = [float(row["alone_ms"]["p95"]) for row in rows]
+    words = "ms between tokens, 95th percentile, beside another's long prompt (bars); alone (red)"
+    return bars([name_of(row) for row in rows], reached, alone, (title, words))
+
+
 def decode_plot(rows: Sequence[Row], title: str) -> str:
     """Tokens per second by network as SVG, and what the floor would allow."""
     reached = [float(row["tokens_per_s"]) for row in rows]
