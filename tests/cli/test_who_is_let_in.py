@@ -58,7 +58,9 @@ def test_a_node_that_strangers_can_reach_must_say_whom_it_serves(farflung: Farfl
         assert way_out in refused.stderr
 
 
-@pytest.mark.parametrize("allowed", [["--swarm-key", "KEY"], ["--allow", "a" * 64], ["--open-to-anyone"]])
+@pytest.mark.parametrize(
+    "allowed", [["--swarm-key", "KEY"], ["--allow", "a" * 64], ["--allow", "a" * 64 + ","], ["--open-to-anyone"]]
+)
 def test_a_node_that_says_whom_it_serves_goes_on_to_its_model(
     farflung: Farflung, allowed: list[str], key_file: Path, tmp_path: Path
 ) -> None:
@@ -69,6 +71,7 @@ def test_a_node_that_says_whom_it_serves_goes_on_to_its_model(
 
 def test_a_list_that_cannot_be_read_or_contradicts_is_wrong_usage(farflung: Farflung) -> None:
     assert farflung("node", "-m", "x", "--allow", "nobody").code == 2
+    assert "--allow names nobody" in farflung("node", "-m", "x", "--allow", ", ").stderr
     both = farflung("node", "-m", "x", "--allow", "a" * 64, "--open-to-anyone")
     assert both.code == 2
     assert "not both" in both.stderr

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farflung.core.errors import IdentityError
+from farflung.core.errors import IdentityError, UsageError
 
 if TYPE_CHECKING:
     from farflung.identity.swarm_key import SwarmKey
@@ -54,12 +54,15 @@ def read_swarm_key(value: str) -> SwarmKey | None:
 
 
 def read_admission(swarm_key: str, allow: Sequence[str]) -> Admission:
-    """Whom a node lets in. Raises IdentityError, ConfigError."""
+    """Whom a node lets in. Raises IdentityError, ConfigError, UsageError."""
     from farflung.identity.allow_list import AllowList
     from farflung.node.admission import Admission
 
-    entries = [entry.strip() for listed in allow for entry in listed.split(",")]  # a variable holds several at once
-    return Admission(swarm_key=read_swarm_key(swarm_key), drivers=AllowList.read(entries) if entries else None)
+    # A variable holds several at once, and perhaps a comma after the last.
+    entries = [stripped for listed in allow for entry in listed.split(",") if (stripped := entry.strip())]
+    if allow and not entries:  # no list at all would let in more than one that is empty
+        raise UsageError("--allow names nobody", hint="give it a node id, or a file of them; or leave it out")
+    return Admission(swarm_key=read_swarm_key(swarm_key), drivers=AllowList.read(entries) if allow else None)
 
 
 def quotas_for(admission: Admission, addresses: Sequence[str], driver_share: float) -> Quotas:

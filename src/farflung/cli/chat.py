@@ -38,7 +38,7 @@ from farflung.cli.sampling import (
     Temperature,
     TopK,
     TopP,
-    parse_logit_bias,
+    sampling_of,
 )
 from farflung.core.errors import FarflungError
 
@@ -89,12 +89,11 @@ def chat(
     With piped input every line is one message.
     """
     with command(json=json, debug=debug) as out:
-        from farflung.core.sampling import SamplingOptions
         from farflung.session import GenerateOptions
 
         check_speculation(speculate)
         codecs = parse_codecs(codec)
-        sampling = SamplingOptions(
+        sampling = sampling_of(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -102,7 +101,7 @@ def chat(
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
-            logit_bias=parse_logit_bias(logit_bias or ()),
+            logit_bias=logit_bias,
             seed=seed,
             logprobs=logprobs,
         )

@@ -32,7 +32,7 @@ from farflung.cli.sampling import (
     Temperature,
     TopK,
     TopP,
-    parse_logit_bias,
+    sampling_of,
 )
 from farflung.cli.stopping import cancelled_by_sigterm
 
@@ -82,12 +82,11 @@ def generate(
     """
     with command(json=json, debug=debug) as out:
         from farflung.cli.generation import read_prompt
-        from farflung.core.sampling import SamplingOptions
         from farflung.session import GenerateOptions
 
         check_speculation(speculate)
         codecs = parse_codecs(codec)
-        sampling = SamplingOptions(
+        sampling = sampling_of(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -95,7 +94,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
-            logit_bias=parse_logit_bias(logit_bias or ()),
+            logit_bias=logit_bias,
             seed=seed,
             logprobs=logprobs,
         )

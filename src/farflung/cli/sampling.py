@@ -10,11 +10,14 @@ import typer
 from farflung.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from farflung.core.sampling import SamplingOptions
     from farflung.session import Token
 
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 always takes the likeliest token.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many of the likeliest tokens; 0 from all.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total share; above 0.")
+]
 MinP = Annotated[
     float, typer.Option("--min-p", min=0.0, max=1.0, help="Leave out tokens less likely than this share of the likeliest one.")
 ]
@@ -40,6 +43,36 @@ Logprobs = Annotated[
     int | None,
     typer.Option("--logprobs", min=0, max=20, help="With --json: each token's log-probability and those of this many others."),
 ]
+
+
+def sampling_of(
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    logit_bias: Sequence[str] | None,
+    seed: int,
+    logprobs: int | None,
+) -> SamplingOptions:
+    """What the options above become. Raises UsageError for values that are out of range."""
+    from farflung.core.sampling import SamplingOptions
+
+    return SamplingOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=parse_logit_bias(logit_bias or ()),
+        seed=seed,
+        logprobs=logprobs,
+    )
 
 
 def parse_logit_bias(pairs: Sequence[str]) -> tuple[tuple[int, float], ...]:
