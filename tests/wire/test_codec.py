@@ -70,7 +70,7 @@ def test_int8_is_within_half_a_scale_and_keeps_the_largest_as_bf16(rows: Float32
         rows, decoded, np.frombuffer(coded, np.uint8).reshape(n, codec("int8").row_bytes(width)), strict=True
     ):
         head = raw[: place.head_bytes].copy().view(np.uint16)
-        scales = widen(head[place.scales]).astype(np.float64)
+        scales = widen(head[place.factors]).astype(np.float64)
         kept = largest(row)
         assert head[place.positions].tolist() == kept
         assert back[kept].tobytes() == widen(round_to_bf16(row[kept])).tobytes()
@@ -224,7 +224,7 @@ def test_int8_carries_its_limit_and_nothing_above() -> None:
     coded = codec("int8").encode(rows)
     place = layout(300)
     head = np.frombuffer(coded, np.uint8)[: place.head_bytes].copy().view(np.uint16)
-    assert head[place.scales].tolist() == [MAX_SCALE_BITS] * 3
+    assert head[place.factors].tolist() == [MAX_SCALE_BITS] * 3
     assert head[place.outliers].tolist() == [MAX_OUTLIER_BITS] * 4
     assert np.isfinite(codec("int8").decode(coded, 300)).all()
     rows[0, 299] = np.nextafter(np.float32(LIMIT), np.float32(np.inf))

@@ -111,7 +111,7 @@ def decode_int8_on_device(raw: torch.Tensor, width: int) -> torch.Tensor:
     wide = (head << 16).view(torch.float32)
     codes = torch.zeros((n, layout.blocks * int8.BLOCK), dtype=torch.float32, device=raw.device)
     codes[:, :width] = raw[:, layout.head_bytes :].view(torch.int8)
-    rows = codes.view(n, layout.blocks, int8.BLOCK) * wide[:, layout.scales, None]
+    rows = codes.view(n, layout.blocks, int8.BLOCK) * wide[:, layout.factors, None]
     rows = rows.view(n, -1)[:, :width].contiguous()
     where = (head[:, layout.positions] & 0xFFFF).long()
     return rows.scatter_(1, where, wide[:, layout.outliers])

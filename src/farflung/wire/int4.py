@@ -38,7 +38,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from farflung.core.errors import CodecError
+from farflung.wire import heads
 from farflung.wire.floats import Bits16, Bits32, Bytes, Float32, chunk_rows, refuse_values, round_to_bf16, widen
 
 BLOCK = 16
@@ -63,32 +63,24 @@ _INFINITY = 0x7F800000
 Places = NDArray[np.intp]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where things lie in a coded row.
+@dataclass(frozen=True, kw_only=True)
+class Layout(heads.HeadLayout):
+    """Where things lie in a coded row; see ``HeadLayout`` too.
 
     Attributes:
         blocks: number of blocks.
         padded: values of all blocks, at least the width.
         kept: number of outliers.
         bytes: of a row.
-        head_bytes: of step, positions and outliers.
-        positions, outliers: words of the head.
         scales, codes: bytes of the row.
-        mask, most: a head, as uint16, is one that an encoder writes only if ``head & mask <= most`` everywhere.
     """
 
     blocks: int
     padded: int
     kept: int
     bytes: int
-    head_bytes: int
-    positions: slice
-    outliers: slice
     scales: slice
     codes: slice
-    mask: Bits16
-    most: Bits16
 
 
 @lru_cache(maxsize=64)
@@ -103,6 +95,7 @@ def layout(width: int) -> Layout:
         kept=kept,
         bytes=size,
         head_bytes=head_bytes,
+        factors=slice(0, 1),
         positions=slice(1, 1 + kept),
         outliers=slice(1 + kept, 1 + 2 * kept),
         scales=slice(head_bytes, codes_at),
@@ -242,8 +235,8 @@ def _decode_into(raw: Bytes, width: int, out: Float32) -> bool:
     """Decodes a few rows; False where the head of one of them is none that an encoder writes."""
     n = len(raw)
     row = layout(width)
-    head: Bits16 = raw[:, : row.head_bytes].copy().view(np.uint16)
-    if not _good(head, row):
+    head = heads.head_of(raw, row)
+    if not heads.is_written(head, row):
         return False
     wide = widen(head)
     scales = raw[:, row.scales].view(np.int8) * wide[:, :1]
@@ -261,23 +254,6 @@ def _decode_into(raw: Bytes, width: int, out: Float32) -> bool:
     return True
 
 
-def _good(head: Bits16, row: Layout) -> bool:
-    """Whether step, positions and outliers are in range and the positions ascend, so that none comes twice."""
-    positions = head[:, row.positions]
-    out_of_range = np.count_nonzero((head & row.mask) > row.most)
-    out_of_order = np.count_nonzero(positions[:, 1:] <= positions[:, :-1])
-    return not (out_of_range or out_of_order)
-
-
 def refuse_heads(raw: Bytes, width: int) -> None:
     """Raises CodecError naming the first row of ``raw`` whose head is none that an encoder writes."""
-    row = layout(width)
-    heads: Bits16 = raw[:, : row.head_bytes].copy().view(np.uint16)
-    for index in range(len(heads)):
-        head = heads[index : index + 1]
-        if not _good(head, row):
-            wide = widen(head)[0]
-            raise CodecError(
-                f"row {index} is no int4 row of width {width}: step {wide[0]}, "
-                f"outliers {wide[row.outliers].tolist()} at {head[0, row.positions].tolist()}"
-            )
+    heads.refuse_heads(raw, layout(width), width, "int4")

@@ -28,7 +28,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from farflung.core.errors import CodecError
+from farflung.wire import heads
 from farflung.wire.floats import Bits16, Bytes, Float32, chunk_rows, refuse_values, round_to_bf16, widen
 
 BLOCK = 128
@@ -47,26 +47,17 @@ _ROUND_UP = np.uint32(0xFFFF)
 _HALF_WORD = np.uint32(16)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where things lie in a coded row.
+@dataclass(frozen=True, kw_only=True)
+class Layout(heads.HeadLayout):
+    """Where things lie in a coded row; see ``HeadLayout`` too.
 
     Attributes:
         blocks: number of scales.
         kept: number of outliers.
-        head_bytes: bytes before the codes.
-        scales, positions, outliers: words of the head.
-        mask, most: a head, as uint16, is one that an encoder writes only if ``head & mask <= most`` everywhere.
     """
 
     blocks: int
     kept: int
-    head_bytes: int
-    scales: slice
-    positions: slice
-    outliers: slice
-    mask: Bits16
-    most: Bits16
 
 
 @lru_cache(maxsize=64)
@@ -77,7 +68,7 @@ def layout(width: int) -> Layout:
         blocks=blocks,
         kept=kept,
         head_bytes=2 * words,
-        scales=slice(0, blocks),
+        factors=slice(0, blocks),
         positions=slice(blocks, blocks + kept),
         outliers=slice(blocks + kept, words),
         mask=np.repeat(np.array([0xFFFF, 0xFFFF, 0x7FFF], np.uint16), [blocks, kept, kept]),
@@ -130,7 +121,7 @@ def _encode_into(rows: Float32, room: Float32, out: Bytes) -> bool:
     scales = amax.view(np.uint32)
     scales += _ROUND_UP
     scales >>= _HALF_WORD
-    head[:, row.scales] = scales.reshape(n, row.blocks)
+    head[:, row.factors] = scales.reshape(n, row.blocks)
     scales <<= _HALF_WORD
     divisors = np.maximum(scales.view(np.float32), SMALLEST_SCALE)
     blockwise = values.reshape(-1, BLOCK)
@@ -185,11 +176,11 @@ def _decode_into(raw: Bytes, out: Float32) -> bool:
     """Decodes a few rows; False where the head of one of them is none that an encoder writes."""
     n, width = out.shape
     row = layout(width)
-    head: Bits16 = raw[:, : row.head_bytes].copy().view(np.uint16)
-    if not _good(head, row):
+    head = heads.head_of(raw, row)
+    if not heads.is_written(head, row):
         return False
     wide = widen(head)
-    scales = wide[:, row.scales]
+    scales = wide[:, row.factors]
     codes = raw[:, row.head_bytes :].view(np.int8)
     whole = width // BLOCK
     body = whole * BLOCK
@@ -203,25 +194,6 @@ def _decode_into(raw: Bytes, out: Float32) -> bool:
     return True
 
 
-def _good(head: Bits16, row: Layout) -> bool:
-    """Whether every scale, position and outlier is in range and the positions ascend, so that none comes twice."""
-    positions = head[:, row.positions]
-    out_of_range = np.count_nonzero((head & row.mask) > row.most)
-    out_of_order = np.count_nonzero(positions[:, 1:] <= positions[:, :-1])
-    return not (out_of_range or out_of_order)
-
-
 def refuse_heads(raw: Bytes, width: int) -> None:
     """Raises CodecError naming the first row of ``raw`` whose head is none that an encoder writes."""
-    row = layout(width)
-    heads: Bits16 = raw[:, : row.head_bytes].copy().view(np.uint16)
-    if _good(heads, row):
-        return
-    for index in range(len(heads)):
-        head = heads[index : index + 1]
-        if not _good(head, row):
-            wide = widen(head)[0]
-            raise CodecError(
-                f"row {index} is no int8 row of width {width}: scales {wide[row.scales].min()} to "
-                f"{wide[row.scales].max()}, outliers {wide[row.outliers].tolist()} at {head[0, row.positions].tolist()}"
-            )
+    heads.refuse_heads(raw, layout(width), width, "int8")
