@@ -91,5 +91,14 @@ def random_rows(stage: StageModule, count: int) -> torch.Tensor:
     return torch.randn((1, count, stage.config.hidden_size), generator=generator).to(stage.dtype)
 
 
+def check_finite(made: torch.Tensor, layer: int) -> None:
+    """Raises UnsupportedModel where what ``layer`` makes of ordinary rows is not finite."""
+    if not bool(made.isfinite().all()):
+        raise UnsupportedModel(
+            f"its layer {layer} makes values that are not finite",
+            hint="its weights are damaged, or the dtype is too narrow for them; try fp32",
+        )
+
+
 def _is_array(value: Any) -> bool:
     return value is not None and not isinstance(value, (bool, int, float, str))

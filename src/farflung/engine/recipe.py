@@ -22,7 +22,7 @@ from farflung.engine.attention import ATTENTION
 from farflung.engine.layer_calls import FromRotary, LayerCall, Recipe, RotaryCall, rope_kinds
 from farflung.engine.loader import StageModule
 from farflung.engine.masks import MaskRule, Reach
-from farflung.engine.probe import ProbeAttention, ProbeCache, random_rows
+from farflung.engine.probe import ProbeAttention, ProbeCache, check_finite, random_rows
 from farflung.engine.self_check import self_check
 from farflung.engine.skeleton import understood
 
@@ -177,6 +177,7 @@ class _Recorder:
 
     def _on_output(self, layer: nn.Module, _: Any, output: Any) -> None:
         self._last = output if isinstance(output, torch.Tensor) else output[0]
+        check_finite(self._last, self._probe.layer)
         if self._cache.counted:
             call = self.layers[-1]
             past = next(name for name in _CACHES if name in call.arguments)
