@@ -41,12 +41,22 @@ _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}
 """An attention_multiplier of 1, the default, makes rounding errors ten times as large."""
 
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2), "sliding_window": WINDOW}
+_LATER_SLIDE = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": LAYERS // 2}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_oss": {"rope_parameters": _PLAIN_ROPE},
     "bamba": {"mamba_n_heads": 16},
-    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _PLAIN_ROPE)},
+    "cohere": {"use_qk_norm": True},
+    "cohere2_moe": {"num_shared_experts": 1},
+    "cohere_compass_text": {
+        **_SLIDING,
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _PLAIN_ROPE),
+    },
+    "dots1": _SLIDING,
     "falcon_h1": {"mamba_n_heads": 16, "mamba_d_ssm": 256},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "glm4_moe": {"use_qk_norm": True},
     "granite": _GRANITE,
     "granite_swa": _GRANITE,
     "granitemoe": _GRANITE,
@@ -54,14 +64,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoeshared": _GRANITE,
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granitemoehybrid": {"mamba_n_heads": 16},
+    "laguna": _SLIDING,
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * (LAYERS // 3)},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * (LAYERS // 3)},
     "mamba2": {"num_heads": 8},
+    "mellum": _SLIDING,
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * (LAYERS // 2)},
+    "ministral3": {"sliding_window": WINDOW},
+    "mixtral": {"sliding_window": WINDOW},
+    "olmo": {"clip_qkv": 1.0},
+    "olmoe": {"clip_qkv": 1.0},
+    "phi": {"qk_layernorm": True},
+    "phimoe": {"sliding_window": WINDOW},
+    "qwen2": _LATER_SLIDE,
+    "qwen2_moe": _LATER_SLIDE,
+    "qwen3": _LATER_SLIDE,
+    "qwen3_moe": _LATER_SLIDE,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [64, 64]},
+    "smollm3": _LATER_SLIDE,
+    "starcoder2": {"sliding_window": WINDOW},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * (LAYERS // 2)},
     "zaya": {"num_experts_per_tok": 1},
-    "phi3": {"rope_parameters": {**_PLAIN_ROPE, "partial_rotary_factor": 1.0}},
+    "phi3": {"rope_parameters": {**_PLAIN_ROPE, "partial_rotary_factor": 1.0}, "sliding_window": WINDOW},
 }
-"""What a family needs beside: its defaults do not fit a tiny model."""
+"""What a family needs beside: its defaults do not fit a tiny model, or switch off what its models have."""
 
 
 _PER_LAYER_INPUT = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
