@@ -131,7 +131,7 @@ def test_a_prompt_and_twenty_decoded_tokens_equal_the_whole_model(model: tuple[P
 
 
 def test_a_prompt_of_several_blocks_equals_the_whole_model(model: tuple[Path, Any]) -> None:
-    ids = text(2 * BLOCK_ROWS + 60, seed=2)
+    ids = text(BLOCK_ROWS + 200, seed=2)
     reference = whole_logits(model, ids)
 
     async def body(ring: Ring) -> None:

@@ -31,7 +31,6 @@ LONGROPE = {
     "partial_rotary_factor": 1.0,
     "factor": 8.0,
 }
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
 def saved(family: str, folder: Path, **changes: Any) -> Any:
@@ -73,12 +72,8 @@ def test_prompts_chunks_packed_sessions_and_trees_of_a_family_equal_the_whole_mo
     assert max(errors.values()) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("family", "rope"), [("phi3", LONGROPE), ("llama", DYNAMIC)], ids=["phi3-longrope", "llama-dynamic"])
-def test_rotary_factors_stay_as_prompt_and_max_tokens_chose_them_whoever_shares_the_pass(
-    family: str, rope: dict[str, Any], tmp_path: Path
-) -> None:
-    changes: dict[str, Any] = {"max_position_embeddings": 48} if rope is DYNAMIC else {"original_max_position_embeddings": 64}
-    model = saved(family, tmp_path, rope_parameters=rope, **changes)
+def test_rotary_factors_stay_as_prompt_and_max_tokens_chose_them_whoever_shares_the_pass(tmp_path: Path) -> None:
+    model = saved("phi3", tmp_path, rope_parameters=LONGROPE, original_max_position_embeddings=64)
     long, short = text(80, seed=1), text(40, seed=2)
 
     async def body(ring: Ring) -> None:
