@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 
 Row = dict[str, Any]
 
-BAR, GAP, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 44, 62, 64, 24, 64, 70, 260
-INK, FAINT, FILL, FLOOR = "#1f2937", "#e5e7eb", "#2563eb", "#dc2626"
+BAR, GAP, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 44, 62, 64, 24, 64, 34, 260
+INK, PAPER, FAINT, FILL, FLOOR = "#1f2937", "#ffffff", "#e5e7eb", "#2563eb", "#dc2626"
 
 
 def name_of(row: Row) -> str:
@@ -122,8 +122,8 @@ def many_plot(rows: Sequence[Row], title: str) -> str:
 def bars(names: Sequence[str], reached: Sequence[float], limits: Sequence[float], titles: tuple[str, str]) -> str:
     """A bar for each name, with a line across it where its limit is."""
     most, step = _scale(max([*reached, *limits]))
-    width = max(LEFT + RIGHT + len(names) * (BAR + GAP), 420)
-    total = TOP + HEIGHT + BOTTOM
+    width = max(LEFT + RIGHT + len(names) * (BAR + GAP), LEFT + 8 * len(titles[0]), LEFT + 7 * len(titles[1]))
+    total = TOP + HEIGHT + BOTTOM + 14 * max(name.count("+") for name in names)
 
     def y(rate: float) -> float:
         return TOP + HEIGHT * (1 - rate / most)
@@ -131,7 +131,7 @@ def bars(names: Sequence[str], reached: Sequence[float], limits: Sequence[float]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}" '
         f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}">',
-        f'<rect width="{width}" height="{total}" fill="#ffffff"/>',
+        f'<rect width="{width}" height="{total}" fill="{PAPER}"/>',
         f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{escape(titles[0])}</text>',
         f'<text x="{LEFT}" y="44">{escape(titles[1])}</text>',
     ]
@@ -147,8 +147,12 @@ def bars(names: Sequence[str], reached: Sequence[float], limits: Sequence[float]
         parts.append(
             f'<line x1="{x - 6:.1f}" x2="{x + BAR + 6:.1f}" y1="{at:.1f}" y2="{at:.1f}" stroke="{FLOOR}" stroke-width="2"/>'
         )
-        above = min(y(rate), at) - 6
-        parts.append(f'<text x="{middle:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{rate:.3g}</text>')
+        top = at if y(rate) <= at < y(rate) + 24 else y(rate)
+        # In the bar where there is room: above the line it would seem to be the line's.
+        where, ink = (top + 17, PAPER) if top + 24 < TOP + HEIGHT else (min(y(rate), at) - 6, INK)
+        parts.append(
+            f'<text x="{middle:.1f}" y="{where:.1f}" text-anchor="middle" font-weight="600" fill="{ink}">{rate:.3g}</text>'
+        )
         under = TOP + HEIGHT
         for line, word in enumerate(name.replace("+", " +").split()):
             parts.append(f'<text x="{middle:.1f}" y="{under + 18 + 14 * line}" text-anchor="middle">{escape(word)}</text>')
@@ -162,5 +166,5 @@ def _scale(most: float) -> tuple[float, float]:
         power *= 10
     while power > most > 0:
         power /= 10
-    step = next(factor * power / 5 for factor in (1, 1.5, 2, 2.5, 5, 10) if factor * power >= most)
+    step = next(factor * power / 5 for factor in (1, 1.5, 2, 2.5, 4, 5, 7.5, 10) if factor * power >= most)
     return step * 5, step
